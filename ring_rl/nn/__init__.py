@@ -1,0 +1,1 @@
+"""Flax (NNX) modules on top of the kernels."""

@@ -1,0 +1,1 @@
+"""Mesh, optimizer, step, loop, checkpoint and metrics; knows no task."""
