@@ -1,0 +1,17 @@
+"""The whole suite runs on 8 virtual CPU devices, so that a ring of 8 is a real ring of 8."""
+
+import os
+
+# Before the first import of jax: the backend reads both when it starts.
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from hypothesis import settings
+
+# Derandomized: a red run is red again on the next machine; no deadline: the first example compiles.
+settings.register_profile("ring_rl", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("ring_rl")
