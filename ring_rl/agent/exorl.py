@@ -1,0 +1,309 @@
+"""Reads and writes episodes in the layout in which ExoRL was published (arXiv:2201.13425).
+
+    <root>/<domain>/<algorithm>/buffer/episode_000042_1000.npz        name: index, number of transitions T
+
+Every array of a file has T + 1 rows. A row holds a state and what LED INTO it, so row 0 has no action::
+
+    row            0       1       2     ...     T
+    observation   o[0]    o[1]    o[2]          o[T]      (T+1, O)      float32
+    action         0      a[0]    a[1]         a[T-1]     (T+1, A)      float32
+    reward         0      r[0]    r[1]         r[T-1]     (T+1, 1)      float32     point_mass_maze: (T+1, 4)
+    discount       1      d[0]    d[1]         d[T-1]     (T+1, 1)      float32
+    physics       s[0]    s[1]    s[2]          s[T]      (T+1, P)      float64     optional
+
+`Trajectory` drops the empty row: its actions[t] is taken IN observations[t].
+
+Needs no simulator.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from ring_rl.agent.atomic_file import atomic_file
+from ring_rl.agent.domains import DOMAINS, DomainSpec, parse_task
+from ring_rl.agent.trajectory import Trajectory
+from ring_rl.typing import Float64
+
+__all__ = [
+    "DOMAINS",
+    "DomainSpec",
+    "EpisodeSet",
+    "list_episodes",
+    "parse_task",
+    "read_episode",
+    "read_episodes",
+    "select_best_fraction",
+    "write_episode",
+]
+
+# episode_000000_1000.npz as published; 20220131T120000_0_1000.npz as URLB's recorder names them.
+_EPISODE_NAME = re.compile(r"(?:episode|\d{8}T\d{6})_(\d+)_(\d+)\.npz")
+_QUANTILES = {"p10": 0.10, "p25": 0.25, "median": 0.50, "p75": 0.75, "p90": 0.90, "p95": 0.95}
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeSet:
+    """Episodes that agree in observation and action dimension; lengths may differ.
+
+    Raises:
+        ValueError: no trajectory, or trajectories that disagree.
+    """
+
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        if not self.trajectories:
+            raise ValueError("an episode set needs at least one trajectory, got none")
+        for index, trajectory in enumerate(self.trajectories):
+            dimensions = (trajectory.observations.shape[1], trajectory.actions.shape[1])
+            if dimensions != (self.observation_dim, self.action_dim):
+                raise ValueError(
+                    f"trajectory {index} has observation and action dimensions {dimensions}, the first has "
+                    f"{(self.observation_dim, self.action_dim)}; keep one domain in a folder"
+                )
+
+    @property
+    def observation_dim(self) -> int:
+        """O."""
+        return self.trajectories[0].observations.shape[1]
+
+    @property
+    def action_dim(self) -> int:
+        """A."""
+        return self.trajectories[0].actions.shape[1]
+
+    @cached_property
+    def returns(self) -> Float64[np.ndarray, " E"]:
+        """The undiscounted return of every episode, in the order of `trajectories`."""
+        return np.array([trajectory.episode_return for trajectory in self.trajectories], dtype=np.float64)
+
+    @cached_property
+    def quantiles(self) -> Mapping[str, float]:
+        """min, p10, p25, median, p75, p90, p95 and max of the returns."""
+        inner = {name: float(np.quantile(self.returns, level)) for name, level in _QUANTILES.items()}
+        return {"min": float(self.returns.min()), **inner, "max": float(self.returns.max())}
+
+    @property
+    def best(self) -> Trajectory:
+        """The trajectory of highest return, the earliest if several share it."""
+        return self.trajectories[int(np.argmax(self.returns))]
+
+
+def list_episodes(folder: Path) -> tuple[Path, ...]:
+    """The episode files of a buffer folder, ordered by index (URLB's by time and index).
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no episode.
+    """
+    remedy = (
+        "collect episodes with datasets/exorl/collect.py or fetch published ones with datasets/exorl/fetch.py"
+    )
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such data folder: {folder}; {remedy}")
+    paths = [path for path in folder.iterdir() if _EPISODE_NAME.fullmatch(path.name)]
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no episode_*.npz; {remedy}")
+    return tuple(sorted(paths, key=lambda path: (path.name.split("_")[0], _index_and_length(path)[0])))
+
+
+def read_episode(path: Path, *, reward_column: int | None = None) -> Trajectory:
+    """Reads one episode file.
+
+    Args:
+        path: The file; its name holds the episode's length.
+        reward_column: Which task's reward to take where a file holds several (point_mass_maze has 4). None
+            demands that there is one.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a name that is not an episode's, a truncated or corrupt file, a missing key, wrong shapes
+            or dtypes, lengths that disagree with one another or with the name, values that are not finite.
+            The message names the file and the remedy.
+    """
+    try:
+        return _read_episode(path, reward_column)
+    except _EpisodeError as problem:
+        raise ValueError(f"{path}: {problem}") from None
+
+
+def read_episodes(
+    folder: Path, *, max_episodes: int | None, progress: bool, reward_column: int | None = None
+) -> EpisodeSet:
+    """Reads a buffer folder.
+
+    Args:
+        folder: `<root>/<domain>/<algorithm>/buffer`.
+        max_episodes: Reads at most so many, evenly spaced over the recording: an explorer changes while it
+            records, and the first ones alone would misrepresent it. None reads all.
+        progress: Whether to show a progress bar with the time left.
+        reward_column: See `read_episode`.
+
+    Raises:
+        FileNotFoundError: the folder is missing or empty.
+        ValueError: `max_episodes` below 1, a bad file (see `read_episode`), or files whose dimensions differ.
+    """
+    paths = list_episodes(folder)
+    if max_episodes is not None:
+        if max_episodes < 1:
+            raise ValueError(f"max_episodes must be at least 1, got {max_episodes}; use null to read all")
+        if max_episodes < len(paths):
+            paths = tuple(paths[index * len(paths) // max_episodes] for index in range(max_episodes))
+    trajectories: list[Trajectory] = []
+    for path in track(paths, description="reading episodes", disable=not progress, transient=True):
+        trajectory = read_episode(path, reward_column=reward_column)
+        if trajectories:
+            found, first = (
+                (each.observations.shape[1], each.actions.shape[1]) for each in (trajectory, trajectories[0])
+            )
+            if found != first:
+                raise ValueError(
+                    f"{path}: observation and action dimensions {found} differ from {first} in "
+                    f"{paths[0].name}; keep one domain in a folder"
+                )
+        trajectories.append(trajectory)
+    return EpisodeSet(tuple(trajectories))
+
+
+def write_episode(folder: Path, index: int, trajectory: Trajectory) -> Path:
+    """Writes `episode_<index>_<length>.npz`, in full or not at all.
+
+    Raises:
+        FileExistsError: an episode of this index exists, of whatever length. It is not overwritten.
+        FileNotFoundError: the folder is missing.
+        ValueError: a negative index.
+    """
+    if index < 0:
+        raise ValueError(f"an episode's index must be at least 0, got {index}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such data folder: {folder}; create it first")
+    path = folder / f"episode_{index:06d}_{trajectory.length}.npz"
+    taken = next(folder.glob(f"episode_{index:06d}_*.npz"), None)
+    if taken is not None:
+        raise FileExistsError(f"{taken} exists and is not overwritten; choose another index or folder")
+    arrays = {
+        "observation": trajectory.observations,
+        "action": np.concatenate([np.zeros_like(trajectory.actions[:1]), trajectory.actions]),
+        "reward": np.concatenate([np.zeros(1, np.float32), trajectory.rewards])[:, None],
+        "discount": np.concatenate([np.ones(1, np.float32), trajectory.discounts])[:, None],
+    }
+    if trajectory.physics is not None:
+        arrays["physics"] = trajectory.physics
+    with atomic_file(path, overwrite=False) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    return path
+
+
+def select_best_fraction(episodes: EpisodeSet, fraction: float) -> EpisodeSet:
+    """The best `fraction` of the episodes by return, in ascending order of return; at least one.
+
+    `fraction=0.1` is what BC-10% clones.
+
+    Raises:
+        ValueError: a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}; BC-10% uses 0.1")
+    count = max(1, round(fraction * len(episodes.trajectories)))
+    best = np.argsort(episodes.returns, kind="stable")[-count:]
+    return EpisodeSet(tuple(episodes.trajectories[index] for index in best))
+
+
+class _EpisodeError(Exception):
+    """What is wrong with a file, without its name."""
+
+
+def _index_and_length(path: Path) -> tuple[int, int]:
+    match = _EPISODE_NAME.fullmatch(path.name)
+    if match is None:
+        raise _EpisodeError("not an episode's name; expected episode_<index>_<length>.npz")
+    return int(match[1]), int(match[2])
+
+
+def _read_episode(path: Path, reward_column: int | None) -> Trajectory:
+    _, length = _index_and_length(path)
+    arrays = _load_arrays(path)
+    for key, dtype in (
+        ("observation", "float32"),
+        ("action", "float32"),
+        ("reward", "float32"),
+        ("discount", "float32"),
+    ):
+        if key not in arrays:
+            raise _EpisodeError(
+                f"key {key!r} is missing, found {', '.join(sorted(arrays))}; fetch or collect it again"
+            )
+        _check_array(key, arrays[key], dtype=dtype, length=length)
+    physics = arrays.get("physics")
+    if physics is not None:
+        _check_array("physics", physics, dtype="float64", length=length)
+    if arrays["discount"].shape[1] != 1:
+        raise _EpisodeError(f"'discount' must have 1 column, got shape {arrays['discount'].shape}")
+    return Trajectory(
+        observations=arrays["observation"],
+        actions=arrays["action"][1:],
+        rewards=_select_reward(arrays["reward"], reward_column)[1:],
+        discounts=arrays["discount"][1:, 0],
+        physics=physics,
+    )
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with zipfile.ZipFile(path) as archive:  # np.load would also take files that are no archive
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no such episode: {path}") from None
+    except PermissionError:
+        raise
+    except (
+        Exception
+    ) as error:  # damaged bytes raise nearly anything: BadZipFile, zlib.error, EOFError, struct.error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise _EpisodeError(
+            f"truncated or corrupt npz file ({reason}); remove it and fetch or collect it again"
+        ) from None
+
+
+def _check_array(key: str, array: np.ndarray, *, dtype: str, length: int) -> None:
+    if array.dtype != np.dtype(dtype):
+        raise _EpisodeError(
+            f"{key!r} must be {dtype}, got {array.dtype}; convert the file to the published layout"
+        )
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise _EpisodeError(f"{key!r} must have shape (length + 1, n), got {array.shape}")
+    if array.shape[0] != length + 1:
+        raise _EpisodeError(
+            f"{key!r} has {array.shape[0]} rows where the file's name says {length} transitions, so "
+            f"{length + 1} rows; remove the file and fetch or collect it again"
+        )
+    finite = np.isfinite(array).all(axis=1)
+    if not finite.all():
+        raise _EpisodeError(
+            f"{key!r} has a NaN or infinite value in row {int(np.argmin(finite))}; remove the file"
+        )
+
+
+def _select_reward(rewards: np.ndarray, column: int | None) -> np.ndarray:
+    columns = rewards.shape[1]
+    if column is None:
+        if columns > 1:
+            raise _EpisodeError(
+                f"'reward' has {columns} columns, one a task; choose one with reward_column=0..{columns - 1}"
+            )
+        return rewards[:, 0]
+    if not 0 <= column < columns:
+        raise _EpisodeError(
+            f"'reward' has {columns} column(s); reward_column={column} must be in 0..{columns - 1}"
+        )
+    return np.ascontiguousarray(rewards[:, column])
