@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from ring_rl.training.mesh import MeshConfig, make_mesh, shard_batch
+from ring_rl.training.state import create_state
+from ring_rl.training.step import Loss, compile_step, compiled_report, make_train_step
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(3, 16, rngs=rngs)
+        self.out = nnx.Linear(16, 1, rngs=rngs)
+
+    def __call__(self, inputs_BTF: jax.Array) -> jax.Array:
+        return self.out(nnx.tanh(self.hidden(inputs_BTF)))[..., 0]
+
+
+def squared_error(model: Mlp, batch: dict, key: jax.Array) -> Loss:
+    error_BT = (model(batch["inputs"]) - batch["targets"]) ** 2
+    noise = jax.random.uniform(key)
+    weight = batch["weights"].sum()
+    return Loss(
+        total=(error_BT * batch["weights"]).sum(),
+        weight=weight,
+        metrics={"noise": (noise, jnp.float32(1)), "absent": (jnp.float32(0), jnp.float32(0))},
+    )
+
+
+def make_batch(step: int, *, weight: float = 1.0) -> dict:
+    generator = np.random.default_rng(step)
+    inputs = generator.normal(size=(4, 16, 3)).astype(np.float32)
+    weights = weight * (generator.uniform(size=(4, 16)) < 0.7).astype(np.float32)
+    return {"inputs": inputs, "targets": inputs.sum(-1), "weights": weights}
+
+
+def run(dp: int, sp: int, *, steps: int, seed: int = 0):
+    mesh = make_mesh(MeshConfig(dp=dp, sp=sp))
+    optimizer = optax.adam(1e-2)
+    graphdef, state = create_state(Mlp, optimizer, seed=seed, mesh=mesh)
+    step = make_train_step(
+        squared_error, graphdef, optimizer, mesh, seed=seed, learning_rate=lambda step: 0.01 * (step + 1)
+    )
+    history = []
+    for index in range(steps):
+        state, metrics = step(state, shard_batch(mesh, make_batch(index)))
+        history.append(jax.device_get(metrics))
+    return state, history
+
+
+def test_loss_falls_and_metrics_are_complete():
+    state, history = run(1, 8, steps=30)
+    assert int(state.step) == 30
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert set(history[0]) == {"loss", "loss_weight", "gradient_norm", "learning_rate", "noise", "absent"}
+    assert history[0]["absent"] == 0
+    np.testing.assert_allclose(history[4]["learning_rate"], 0.05, rtol=1e-6)
+
+
+def test_the_mesh_changes_nothing_but_rounding():
+    _, alone = run(1, 1, steps=5)
+    for dp, sp in ((1, 8), (4, 2)):
+        _, sharded = run(dp, sp, steps=5)
+        np.testing.assert_allclose(
+            [metrics["loss"] for metrics in sharded], [metrics["loss"] for metrics in alone], rtol=1e-5
+        )
+
+
+def test_loss_is_the_global_weighted_mean():
+    mesh = make_mesh(MeshConfig(dp=2, sp=4))
+    optimizer = optax.sgd(0.0)
+    graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
+    model = nnx.merge(graphdef, jax.device_get(state.parameters))
+    batch = make_batch(0)
+    errors = (np.asarray(model(batch["inputs"])) - batch["targets"]) ** 2
+    expected = (errors * batch["weights"]).sum() / batch["weights"].sum()
+    _, metrics = make_train_step(squared_error, graphdef, optimizer, mesh, seed=0)(state, batch)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss_weight"], batch["weights"].sum())
+
+
+def test_gradient_norm_is_that_of_the_mean_loss():
+    mesh = make_mesh(MeshConfig(dp=1, sp=2))
+    optimizer = optax.sgd(1e-3)
+    graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
+    batch = make_batch(0)
+
+    def mean_loss(parameters):
+        loss = squared_error(nnx.merge(graphdef, parameters), batch, jax.random.key(0))
+        return loss.total / loss.weight
+
+    gradients = jax.grad(mean_loss)(jax.device_get(state.parameters))
+    expected = np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(gradients)))
+    _, metrics = make_train_step(squared_error, graphdef, optimizer, mesh, seed=0)(state, batch)
+    np.testing.assert_allclose(metrics["gradient_norm"], expected, rtol=1e-5)
+
+
+def test_an_empty_batch_has_loss_zero_and_moves_nothing():
+    mesh = make_mesh(MeshConfig(dp=1, sp=2))
+    optimizer = optax.sgd(1.0)
+    graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
+    before = jax.device_get(state.parameters)
+    state, metrics = make_train_step(squared_error, graphdef, optimizer, mesh, seed=0)(
+        state, make_batch(0, weight=0.0)
+    )
+    assert metrics["loss"] == 0
+    assert metrics["gradient_norm"] == 0
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.parameters))
+
+
+def test_randomness_is_a_function_of_seed_and_step():
+    noise = [float(metrics["noise"]) for metrics in run(1, 1, steps=3)[1]]
+    assert len(set(noise)) == 3
+    assert [float(metrics["noise"]) for metrics in run(1, 8, steps=3)[1]] == noise
+    assert [float(metrics["noise"]) for metrics in run(1, 1, steps=3, seed=1)[1]] != noise
+    key = jax.random.fold_in(jax.random.key(0), 2)
+    assert noise[2] == float(jax.random.uniform(key))
+
+
+def test_the_state_is_donated():
+    mesh = make_mesh(MeshConfig(dp=1, sp=2))
+    optimizer = optax.adam(1e-2)
+    graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
+    make_train_step(squared_error, graphdef, optimizer, mesh, seed=0)(state, make_batch(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.parameters))
+
+
+def test_a_metric_may_not_take_a_name_of_the_step():
+    def loss_function(model: Mlp, batch: dict, key: jax.Array) -> Loss:
+        loss = squared_error(model, batch, key)
+        return Loss(loss.total, loss.weight, {"loss": (loss.total, loss.weight)})
+
+    mesh = make_mesh(MeshConfig(dp=1, sp=1))
+    optimizer = optax.sgd(1.0)
+    graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
+    with pytest.raises(ValueError, match="the step reports loss itself"):
+        make_train_step(loss_function, graphdef, optimizer, mesh, seed=0)(state, make_batch(0))
+
+
+def ring_loss(hops: int):
+    """A loss that sends its inputs `hops` times round the ring, unrolled."""
+
+    def loss_function(model: Mlp, batch: dict, key: jax.Array) -> Loss:
+        mesh = make_mesh(MeshConfig(dp=1, sp=4))
+        spec = jax.sharding.PartitionSpec("dp", "sp")
+
+        @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec)
+        def rotate(values):
+            for _ in range(hops):
+                values = jax.lax.ppermute(values, "sp", [(i, (i + 1) % 4) for i in range(4)]) + 1
+            return values
+
+        return squared_error(model, {**batch, "inputs": rotate(batch["inputs"])}, key)
+
+    return loss_function
+
+
+@pytest.mark.parametrize("hops", [0, 1, 3])
+def test_report_counts_the_hops_of_a_ring(hops):
+    mesh = make_mesh(MeshConfig(dp=1, sp=4))
+    optimizer = optax.sgd(1e-3)
+    graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
+    step = make_train_step(ring_loss(hops), graphdef, optimizer, mesh, seed=0)
+    report = compiled_report(compile_step(step, state, shard_batch(mesh, make_batch(0))))
+    assert report["collective_permutes"] == hops
+    shard_bytes = 4 * 4 * (3 + 1 + 1) * 4
+    parameter_bytes = 4 * (3 * 16 + 16 + 16 + 1)
+    assert report["argument_bytes"] >= shard_bytes + parameter_bytes
+    assert report["peak_bytes"] > 0
+    assert report["temporary_bytes"] > 0
