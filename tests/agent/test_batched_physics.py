@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+
+pytest.importorskip("dm_control", reason="physics needs the simulator: pip install 'ring_rl[simulator]'")
+
+from ring_rl.agent.batched_physics import BatchedPhysics
+from ring_rl.agent.domains import DOMAINS, parse_task, task_names
+from ring_rl.agent.environment import make_environment, rewards_of_states
+
+pytestmark = pytest.mark.simulator
+
+
+def random_actions(rng, physics, batch):
+    return rng.uniform(-1, 1, (batch, DOMAINS[parse_task(physics.task)[0]].action_dim)).astype(np.float32)
+
+
+@pytest.mark.parametrize("task", task_names())
+def test_it_follows_a_plain_dm_control_loop(task):
+    """Observations, rewards and states of one of three episodes, step by step, from the same reset."""
+    rng = np.random.default_rng(0)
+    environment = make_environment(task, action_repeat=1)
+    with BatchedPhysics(task, threads=2) as physics:
+        observations, states = physics.reset([4, 5, 6])
+        observation, info = environment.reset(seed=5)
+        np.testing.assert_array_equal(observations[1], observation)
+        np.testing.assert_array_equal(states[1], info["physics"])
+        for _ in range(8):
+            actions = random_actions(rng, physics, 3)
+            steps = physics.step(states, actions, action_hold=3)
+            for control_step in range(3):
+                observation, reward, _, _, info = environment.step(actions[1])
+                np.testing.assert_allclose(
+                    steps.observations[1, control_step], observation, atol=1e-6, rtol=1e-6
+                )
+                np.testing.assert_allclose(
+                    steps.physics[1, control_step], info["physics"], atol=1e-6, rtol=1e-6
+                )
+                assert steps.rewards[1, control_step] == pytest.approx(reward, abs=1e-6)
+            states = steps.physics[:, -1]
+
+
+def test_a_whole_cartpole_episode_agrees():
+    rng = np.random.default_rng(1)
+    environment = make_environment("cartpole_swingup", action_repeat=4)
+    environment.reset(seed=0)
+    with BatchedPhysics("cartpole_swingup", threads=1) as physics:
+        _, states = physics.reset([0])
+        batched_return = plain_return = 0.0
+        for _ in range(environment.episode_steps):
+            action = random_actions(rng, physics, 1)
+            steps = physics.step(states, action, action_hold=4)
+            states = steps.physics[:, -1]
+            batched_return += steps.rewards.sum()
+            _, reward, _, truncated, info = environment.step(action[0])
+            plain_return += reward
+    assert truncated
+    # Hits against the ends of the rail go through the contact solver, and the pendulum amplifies them.
+    np.testing.assert_allclose(states[0], info["physics"], atol=1e-3)
+    assert batched_return == pytest.approx(plain_return, abs=1e-3)
+
+
+@pytest.mark.parametrize("task", ["walker_run", "cheetah_run", "quadruped_walk", "cartpole_swingup"])
+def test_sensors_do_not_lag(task):
+    """Rewards are those of the states reached, by dm_control's own function, not of the states before."""
+    rng = np.random.default_rng(2)
+    with BatchedPhysics(task, threads=2) as physics:
+        _, states = physics.reset(range(2))
+        for _ in range(5):
+            actions = random_actions(rng, physics, 2)
+            steps = physics.step(states, actions, action_hold=2)
+            states = steps.physics[:, -1]
+        for episode in range(2):
+            wanted = rewards_of_states(
+                task, steps.physics[episode], np.repeat(actions[episode, None], 2, axis=0)
+            )
+            np.testing.assert_allclose(steps.rewards[episode], wanted, atol=1e-9)
+        np.testing.assert_allclose(physics.rewards(states, actions), steps.rewards[:, -1], atol=1e-12)
+
+
+@pytest.mark.parametrize("task", ["walker_walk", "cartpole_swingup"])
+def test_the_result_depends_neither_on_threads_nor_on_the_rest_of_the_batch(task):
+    rng = np.random.default_rng(3)
+    with BatchedPhysics(task, threads=1) as one, BatchedPhysics(task, threads=2) as two:
+        _, states = one.reset(range(7))
+        actions = random_actions(rng, one, 7)
+        together = one.step(states, actions, action_hold=4)
+        threaded = two.step(states, actions, action_hold=4)
+        alone = two.step(states[3:4], actions[3:4], action_hold=4)
+    np.testing.assert_array_equal(together.physics, threaded.physics)
+    np.testing.assert_array_equal(together.rewards, threaded.rewards)
+    np.testing.assert_array_equal(together.observations[3], alone.observations[0])
+
+
+def test_actions_are_clipped():
+    with BatchedPhysics("cartpole_swingup", threads=1) as physics:
+        _, states = physics.reset([0])
+        inside = physics.step(states, np.ones((1, 1), np.float32), action_hold=2)
+        outside = physics.step(states, np.full((1, 1), 9.0, np.float32), action_hold=2)
+    np.testing.assert_array_equal(inside.physics, outside.physics)
+    np.testing.assert_array_equal(inside.rewards, outside.rewards)
+
+
+def test_an_unstable_simulation_is_an_error_and_not_a_fresh_start():
+    with BatchedPhysics("cartpole_swingup", threads=1) as physics:
+        _, states = physics.reset([0, 1])
+        states[1, 2:] = 1e12
+        with pytest.raises(FloatingPointError, match="unstable in episode 1 of the batch"):
+            physics.step(states, np.zeros((2, 1), np.float32), action_hold=4)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="threads must be at least 1"):
+        BatchedPhysics("cartpole_swingup", threads=0)
+    with pytest.raises(ValueError, match="unknown task"):
+        BatchedPhysics("cartpole_jump", threads=1)
+    with BatchedPhysics("cartpole_swingup", threads=1) as physics:
+        _, states = physics.reset([0, 1])
+        actions = np.zeros((2, 1), np.float32)
+        with pytest.raises(
+            ValueError, match=r"actions of cartpole_swingup must have shape \(2, 1\), got \(1, 1\)"
+        ):
+            physics.step(states, actions[:1], action_hold=1)
+        with pytest.raises(ValueError, match=r"physics of cartpole_swingup must have shape \(2, 4\)"):
+            physics.step(states[:, :3], actions, action_hold=1)
+        with pytest.raises(ValueError, match="actions must be finite, got a NaN or infinity in row 1"):
+            physics.step(states, np.array([[0], [np.nan]], np.float32), action_hold=1)
+        with pytest.raises(ValueError, match="action_hold must be at least 1"):
+            physics.step(states, actions, action_hold=0)
+    with pytest.raises(RuntimeError, match="closed"):
+        physics.step(states, actions, action_hold=1)
