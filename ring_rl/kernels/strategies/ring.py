@@ -18,6 +18,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from ring_rl.kernels.layout import Layout, check_length
 from ring_rl.kernels.local.block import LocalBlock, LocalName, select_block
@@ -27,6 +28,8 @@ from ring_rl.kernels.strategies import hop as hops
 from ring_rl.typing import Array, Float, Float32
 
 DEFAULT_BLOCK_SIZE = 512
+# What a rematerialisation policy keeps, so that a recomputed layer does not run the ring a second time.
+SAVED_NAMES = ("attention_out", "attention_log_sum_exp")
 
 
 def ring_attention(
@@ -173,7 +176,8 @@ def _forward(ring: _Ring, q: Array, k: Array, v: Array):
         held, state = _repeat(ring, pass_on_and_attend, (arriving, state), 1, ring.size - 1)
         state = hop(state, *held, ring.size - 1)
     out, log_sum_exp = finish(state)
-    out = out.astype(q.dtype)
+    out = checkpoint_name(out.astype(q.dtype), SAVED_NAMES[0])
+    log_sum_exp = checkpoint_name(log_sum_exp, SAVED_NAMES[1])
     return (out, log_sum_exp), (q, k, v, out, log_sum_exp)
 
 

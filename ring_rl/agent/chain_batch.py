@@ -1,0 +1,161 @@
+"""Batches of chains as arrays: one row a chain, one column an environment step."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ring_rl.agent.exorl import EpisodeSet
+from ring_rl.agent.hindsight import ChainConfig, sample_chain
+from ring_rl.agent.trajectory import Trajectory
+from ring_rl.kernels.layout import Layout, check_length, padded_length, to_layout
+from ring_rl.typing import Array, Float32, Int32
+
+_AnyArray = np.ndarray | Array
+
+
+class ChainBatch(NamedTuple):
+    """B chains of T = N L steps, flattened and padded at the end, in the layout of the ring.
+
+    For a chain with target R and trajectories of rewards r[0..L-1]:
+
+        step                 0      1      ...   L-1   |   0      1    ...    the next trajectory
+        returns_to_go        R    R-r[0]   ...         |   R    R-r[0]  ...   the same R again
+        previous_rewards     0     r[0]    ...         |   0     r[0]   ...
+        completions          0      0      ...    d    |   0      0     ...   d = 1 if the return reached R
+        trajectory_indices   0      0      ...    0    |   1      1     ...
+        positions            0      1      ...   L-1   |   L     L+1    ...   counts on over the whole chain
+
+    At the start of a trajectory everything that belongs to the last one is reset, save `positions`.
+    """
+
+    observations: Float32[_AnyArray, "B T O"]
+    actions: Float32[_AnyArray, "B T A"]
+    rewards: Float32[_AnyArray, "B T"]
+    returns_to_go: Float32[_AnyArray, "B T"]
+    completions: Float32[_AnyArray, "B T"]
+    previous_actions: Float32[_AnyArray, "B T A"]
+    previous_rewards: Float32[_AnyArray, "B T"]
+    steps: Int32[_AnyArray, "B T"]
+    trajectory_indices: Int32[_AnyArray, "B T"]
+    positions: Int32[_AnyArray, "B T"]
+    loss_weights: Float32[_AnyArray, "B T"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchLayout:
+    """How a batch is cut to the mesh.
+
+    Attributes:
+        batch_size: Chains B in a batch, over all devices.
+        ring_size: Devices that share one chain.
+        layout: Which steps a device holds.
+        pad_to_ring: Pad chains at their end to a length that the ring divides; otherwise such a length is an error.
+    """
+
+    batch_size: int
+    ring_size: int
+    layout: Layout
+    pad_to_ring: bool
+
+    def padded_steps(self, steps: int) -> int:
+        """The columns of a batch whose chains have at most `steps` steps.
+
+        Raises:
+            ValueError: The ring does not divide `steps` and padding is off.
+        """
+        if self.pad_to_ring:
+            return padded_length(steps, ring_size=self.ring_size, layout=self.layout)
+        try:
+            check_length(steps, ring_size=self.ring_size, layout=self.layout)
+        except ValueError as error:
+            raise ValueError(f"{error}, or set batch.pad_to_ring=true") from error
+        return steps
+
+
+class ChainSampler:
+    """Batches as a pure function of (seed, step): the data order needs no state to be resumed."""
+
+    def __init__(self, episodes: EpisodeSet, chain: ChainConfig, batch: BatchLayout, *, seed: int):
+        self._episodes, self._chain, self._batch, self._seed = episodes, chain, batch, seed
+        longest = max(trajectory.length for trajectory in episodes.trajectories)
+        self._steps = batch.padded_steps(chain.trajectories * longest)
+        # Too few episodes for a chain must be known before anything is compiled.
+        sample_chain(np.random.default_rng(0), episodes.returns, chain)
+
+    @property
+    def steps(self) -> int:
+        """T, the columns of every batch, padding included."""
+        return self._steps
+
+    def batch_at(self, step: int) -> ChainBatch:
+        """The batch of training step `step`, the same at every call and in every process."""
+        generator = np.random.default_rng([self._seed, step])
+        rows = []
+        for _ in range(self._batch.batch_size):
+            chosen = sample_chain(generator, self._episodes.returns, self._chain)
+            trajectories = [self._episodes.trajectories[i] for i in chosen]
+            rows.append(chain_arrays(trajectories, steps=self._steps, loss_on_best=self._loss_on_best))
+        stacked = ChainBatch(*(np.stack(columns) for columns in zip(*rows, strict=True)))
+        ring = {"ring_size": self._batch.ring_size, "layout": self._batch.layout}
+        return ChainBatch(*(to_layout(x, axis=1, **ring) for x in stacked))
+
+    @property
+    def _loss_on_best(self) -> bool:
+        return self._chain.loss_on == "best"
+
+
+def chain_arrays(
+    trajectories: Sequence[Trajectory], *, steps: int, loss_on_best: bool, target_return: float | None = None
+) -> ChainBatch:
+    """One chain (no batch axis) in natural order, padded to `steps`; the target is the best return by default."""
+    if target_return is None:
+        target_return = max(trajectory.episode_return for trajectory in trajectories)
+    parts = [
+        _trajectory_arrays(
+            trajectory,
+            index=index,
+            target_return=target_return,
+            loss_weight=1.0 if not loss_on_best or index == len(trajectories) - 1 else 0.0,
+        )
+        for index, trajectory in enumerate(trajectories)
+    ]
+    chain = ChainBatch(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    filled = len(chain.rewards)
+    if filled > steps:
+        raise ValueError(f"a chain of {filled} steps does not fit into {steps}")
+    padded = ChainBatch(*(_pad_end(x, steps) for x in chain))
+    return padded._replace(positions=np.arange(steps, dtype=np.int32))
+
+
+def _trajectory_arrays(
+    trajectory: Trajectory, *, index: int, target_return: float, loss_weight: float
+) -> ChainBatch:
+    L = trajectory.length
+    rewards = trajectory.rewards
+    collected = np.cumsum(rewards, dtype=np.float64)
+    completions = np.zeros(L, np.float32)
+    completions[-1] = trajectory.episode_return >= target_return
+    return ChainBatch(
+        observations=trajectory.observations[:-1],
+        actions=trajectory.actions,
+        rewards=rewards,
+        returns_to_go=(target_return - _shift(collected)).astype(np.float32),
+        completions=completions,
+        previous_actions=_shift(trajectory.actions),
+        previous_rewards=_shift(rewards),
+        steps=np.arange(L, dtype=np.int32),
+        trajectory_indices=np.full(L, index, np.int32),
+        positions=np.arange(L, dtype=np.int32),  # replaced once the chain is whole
+        loss_weights=np.full(L, loss_weight, np.float32),
+    )
+
+
+def _shift(x: np.ndarray) -> np.ndarray:
+    """x one step later, zero at the start."""
+    return np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+
+
+def _pad_end(x: np.ndarray, length: int) -> np.ndarray:
+    return np.pad(x, [(0, length - len(x))] + [(0, 0)] * (x.ndim - 1))

@@ -1,0 +1,36 @@
+"""New tokens against a cache of keys and values."""
+
+import jax.numpy as jnp
+
+from ring_rl.typing import Array, Float, Int
+
+
+def decode_attention(
+    q: Float[Array, "B T H D"],
+    k_cache: Float[Array, "B S K D"],
+    v_cache: Float[Array, "B S K D"],
+    *,
+    length: Int[Array, ""],
+    scale: float | None = None,
+) -> Float[Array, "B T H D"]:
+    """Causal attention of T new tokens, at positions length .. length + T - 1, to a cache of S slots.
+
+    The cache already holds the new tokens' own keys and values at those positions; slots after them are
+    ignored, whatever they hold. Equal to the last T rows of causal attention over length + T tokens.
+    O(B H T S D) work; T is meant to be small.
+    """
+    B, T, H, D = q.shape
+    S, K = k_cache.shape[1:3]
+    scale = D**-0.5 if scale is None else scale
+    q_BTKGD = q.reshape(B, T, K, H // K, D)
+    logits_BKGTS = scale * jnp.einsum(
+        "btkgd,bskd->bkgts", q_BTKGD, k_cache, preferred_element_type=jnp.float32
+    )
+    seen_TS = jnp.arange(S)[None, :] <= length + jnp.arange(T)[:, None]
+    logits_BKGTS = jnp.where(seen_TS, logits_BKGTS, -jnp.inf)
+    weights_BKGTS = jnp.exp(logits_BKGTS - jnp.max(logits_BKGTS, axis=-1, keepdims=True))
+    numerator_BTKGD = jnp.einsum(
+        "bkgts,bskd->btkgd", weights_BKGTS.astype(v_cache.dtype), v_cache, preferred_element_type=jnp.float32
+    )
+    denominator_BTKG = jnp.moveaxis(jnp.sum(weights_BKGTS, axis=-1), 3, 1)
+    return (numerator_BTKGD / denominator_BTKG[..., None]).reshape(B, T, H, D).astype(q.dtype)

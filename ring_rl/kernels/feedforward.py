@@ -1,0 +1,37 @@
+"""Blockwise feed-forward: the hidden activations of a few tokens at a time."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from ring_rl.typing import Array, Float
+
+
+def blockwise_feedforward(
+    function: Callable[[Float[Array, "B c M"]], Float[Array, "B c M"]],
+    x: Float[Array, "B T M"],
+    *,
+    chunks: int,
+) -> Float[Array, "B T M"]:
+    """`function`, which acts on every token alone, applied in `chunks` steps.
+
+    With more than one step, backward recomputes each: only B T F / chunks hidden activations exist at a time, in either pass, at the price of one more forward.
+
+    A step takes every chunks-th token, not a contiguous stretch: with T sharded over a ring, tokens
+    0, chunks, 2 chunks, ... lie on all devices alike, so each step keeps all of them busy and no token moves.
+    For that, T / chunks must be a multiple of the ring size. arXiv:2310.01889, section 3.
+
+    Raises:
+        ValueError: `chunks` does not divide T.
+    """
+    B, T, M = x.shape
+    if chunks < 1 or T % chunks:
+        raise ValueError(
+            f"{T} tokens cannot be cut into {chunks} feed-forward chunks; choose a divisor of the token count"
+        )
+    if chunks == 1:
+        return function(x)
+    x_nBcM = jnp.moveaxis(x.reshape(B, T // chunks, chunks, M), 2, 0)
+    y_nBcM = jax.lax.map(jax.checkpoint(function), x_nBcM)
+    return jnp.moveaxis(y_nBcM, 0, 2).reshape(B, T, -1)
