@@ -222,6 +222,11 @@ def _wrong(path: str, expected: str, value: Any) -> ValueError:
 def _differences(saved: Any, wanted: Any, path: str, ignore: frozenset[str]) -> Iterator[str]:
     if path and path in ignore:
         return
+    # A whole subtree that one side lacks is listed leaf by leaf too.
+    if isinstance(saved, Mapping) and saved and wanted is _ABSENT:
+        wanted = {}
+    elif isinstance(wanted, Mapping) and wanted and saved is _ABSENT:
+        saved = {}
     if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
         for key in sorted({*saved, *wanted}, key=str):
             yield from _differences(

@@ -176,6 +176,10 @@ def test_differences_are_named_leaf_by_leaf():
         "model.new: not saved, wanted 1",
         "model.old: saved 1, not wanted",
     ]
+    assert describe_differences({"a": {"b": {"c": 1}}}, {"d": {}}) == [
+        "a.b.c: saved 1, not wanted",
+        "d: not saved, wanted {}",
+    ]
     assert describe_differences(saved, saved) == []
     assert describe_differences(saved, wanted, ignore=("model", "seed")) == []
 

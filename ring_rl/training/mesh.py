@@ -84,8 +84,8 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
 def request_virtual_devices(count: int) -> None:
     """Make the CPU backend show `count` devices; call it before any JAX operation runs.
 
-    A count that the user set in XLA_FLAGS is left alone, and `make_mesh` says so where it is too small. Beside
-    an accelerator this changes nothing that a mesh sees, because it concerns CPU devices only.
+    A count that the user set in XLA_FLAGS is left alone, and `make_mesh` says so where it is too small.
+    Beside an accelerator this changes nothing that a mesh sees, because it concerns CPU devices only.
 
     Raises:
         ValueError: the backend already runs with fewer CPU devices.

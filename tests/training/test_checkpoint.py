@@ -1,0 +1,330 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import ring_rl
+from ring_rl.training.checkpoint import Checkpointer, load_for_evaluation
+from ring_rl.training.mesh import MeshConfig, make_mesh
+from ring_rl.training.state import TrainState, create_state
+
+MODEL_CONFIG = {"layers": 2, "width": 8, "rotary": {"base": 10000.0}}
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, *, width: int = 8):
+        self.layers = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(2)])
+        self.head = nnx.Linear(width, 1, param_dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            inputs = nnx.tanh(layer(inputs))
+        return self.head(inputs)
+
+
+def make_state(*, seed: int = 0, sp: int = 8, optimizer=OPTIMIZER, width: int = 8) -> TrainState:
+    mesh = make_mesh(MeshConfig(dp=1, sp=sp))
+    return create_state(lambda rngs: Mlp(rngs, width=width), optimizer, seed=seed, mesh=mesh)[1]
+
+
+def at_step(state: TrainState, step: int) -> TrainState:
+    return dataclasses.replace(state, step=jax.device_put(jnp.int32(step), state.step.sharding))
+
+
+def open_checkpointer(
+    folder: pathlib.Path, *, keep: int = 2, model_config: dict = MODEL_CONFIG
+) -> Checkpointer:
+    return Checkpointer(folder, keep=keep, model_config=model_config, extra={"token_layout": "rsa"})
+
+
+def assert_same(actual: TrainState, expected: TrainState) -> None:
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(actual), jax.device_get(expected))
+
+
+@pytest.mark.parametrize("optimizer", [OPTIMIZER, optax.sgd(1.0)], ids=["adamw", "without_state"])
+def test_state_comes_back_on_another_mesh(tmp_path, optimizer):
+    state = at_step(make_state(optimizer=optimizer, sp=8), 7)
+    with open_checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.save(state)
+    like = make_state(optimizer=optimizer, seed=1, sp=2)
+    with open_checkpointer(tmp_path) as checkpointer:
+        restored, metadata = checkpointer.restore_latest(like)
+    assert_same(restored, state)
+    for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(like), strict=True):
+        assert leaf.sharding == expected.sharding
+        assert leaf.dtype == expected.dtype
+    assert metadata.step == 7
+    assert metadata.model_config == MODEL_CONFIG
+    assert metadata.extra == {"token_layout": "rsa"}
+    assert metadata.ring_rl_version == ring_rl.__version__
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    advance = jax.jit(
+        lambda state: dataclasses.replace(state, parameters=jax.tree.map(lambda x: x + 1, state.parameters)),
+        donate_argnums=0,
+    )
+    state = at_step(make_state(width=256), 1)
+    expected = jax.device_get(state)
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state)
+        for _ in range(5):
+            state = advance(state)
+        jax.block_until_ready(state)
+        restored, _ = checkpointer.restore_latest(state)
+    assert_same(restored, expected)
+
+
+def test_only_the_last_few_are_kept(tmp_path):
+    state = make_state(sp=1)
+    with open_checkpointer(tmp_path, keep=2) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(at_step(state, step))
+        checkpointer.wait()
+        assert checkpointer.latest_step() == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+
+
+def test_a_checkpoint_is_never_overwritten(tmp_path):
+    first, second = make_state(seed=0, sp=1), make_state(seed=1, sp=1)
+    with open_checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.save(first)
+        assert not checkpointer.save(second)
+        assert_same(checkpointer.restore_latest(second)[0], first)
+
+
+def test_without_a_checkpoint_the_folder_is_named(tmp_path):
+    with (
+        open_checkpointer(tmp_path) as checkpointer,
+        pytest.raises(FileNotFoundError, match=re.escape(f"no checkpoint in {tmp_path}; train first")),
+    ):
+        checkpointer.restore_latest(make_state(sp=1))
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        load_for_evaluation(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
+        load_for_evaluation(tmp_path / "absent")
+
+
+def test_another_model_is_refused_key_by_key(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(make_state(sp=1))
+    other = {**MODEL_CONFIG, "layers": 4, "rotary": {"base": 5e5}}
+    message = (
+        "layers: saved 2, wanted 4; rotary.base: saved 10000.0, wanted 500000.0; build the model as it was"
+    )
+    with (
+        open_checkpointer(tmp_path, model_config=other) as checkpointer,
+        pytest.raises(ValueError, match=re.escape(message)),
+    ):
+        checkpointer.restore_latest(make_state(sp=1))
+
+
+def test_other_shapes_and_another_optimizer_are_refused_by_name(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(make_state(sp=1))
+        message = "parameters.head.kernel: saved 'bfloat16[8, 1]', wanted 'bfloat16[4, 1]'"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            checkpointer.restore_latest(make_state(sp=1, width=4))
+        with pytest.raises(
+            ValueError, match=r"training\.optimizer\.1\.0\.count: saved 'int32\[\]', not wanted"
+        ):
+            checkpointer.restore_latest(make_state(sp=1, optimizer=optax.sgd(1.0)))
+
+
+def test_evaluation_reads_numpy_parameters(tmp_path):
+    state = make_state()
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(at_step(state, 3))
+        checkpointer.save(at_step(make_state(seed=1), 5))
+    metadata, parameters = load_for_evaluation(tmp_path, step=3)
+    assert metadata.step == 3
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(parameters))
+    model = Mlp(nnx.Rngs(9))
+    graphdef, target = nnx.split(model, nnx.Param)
+    nnx.replace_by_pure_dict(target, parameters)
+    inputs = np.ones((1, 8), np.float32)
+    expected = nnx.merge(graphdef, jax.device_get(state.parameters))(inputs)
+    np.testing.assert_array_equal(nnx.merge(graphdef, target)(inputs), expected)
+    assert load_for_evaluation(tmp_path)[0].step == 5
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 4 in .*; choose one of 3, 5"):
+        load_for_evaluation(tmp_path, step=4)
+
+
+def test_evaluation_needs_no_device_of_the_training_and_writes_nothing(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(make_state(sp=8))
+    before = sorted(path for path in tmp_path.rglob("*"))
+    source = (
+        "import sys, jax, pathlib; from ring_rl.training.checkpoint import load_for_evaluation\n"
+        "assert jax.device_count() == 1\n"
+        "metadata, parameters = load_for_evaluation(pathlib.Path(sys.argv[1]))\n"
+        "print(parameters['layers'][1]['kernel'].shape)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", source, str(tmp_path)],
+        env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "(8, 8)\n"
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+def test_a_damaged_checkpoint_is_named_with_a_remedy(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(at_step(make_state(sp=1), 4))
+    shutil.rmtree(tmp_path / "4" / "training")
+    with (
+        open_checkpointer(tmp_path) as checkpointer,
+        pytest.raises(
+            ValueError, match=r"/4 cannot be read .*; move that folder away to fall back"
+        ) as caught,
+    ):
+        checkpointer.restore_latest(make_state(sp=1))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_format_is_refused(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(make_state(sp=1))
+    [file] = [path for path in (tmp_path / "0" / "metadata").iterdir() if path.name == "metadata"]
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(ValueError, match="has format 99, this ring_rl reads 1; use ring_rl"):
+        load_for_evaluation(tmp_path)
+
+
+SAVE_IN_A_LOOP = """
+import dataclasses, pathlib, sys
+import jax, jax.numpy as jnp, optax
+from flax import nnx
+from ring_rl.training.checkpoint import Checkpointer
+from ring_rl.training.state import TrainState
+
+with Checkpointer(pathlib.Path(sys.argv[1]), keep=2, model_config={}) as checkpointer:
+    step = (checkpointer.latest_step() or 0) + 1
+    while True:
+        arrays = {str(index): jnp.full((64, 64), float(step)) for index in range(40)}
+        checkpointer.save(TrainState(jnp.int32(step), arrays, {}))
+        print(step, flush=True)
+        step += 1
+"""
+
+
+def test_a_save_cut_short_by_sigkill_never_counts(tmp_path):
+    half_written = 0
+    for delay in (0.0, 0.02):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVE_IN_A_LOOP, str(tmp_path)],
+            env={**os.environ, "XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline(), "the saving process died"
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        half_written += sum("tmp" in path.name for path in tmp_path.iterdir())
+        metadata, arrays = load_for_evaluation(tmp_path)
+        assert all(np.all(array == metadata.step) for array in arrays.values())
+    # Killed right after `save` returned, while the background thread was writing.
+    assert half_written > 0
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.device_put(
+        TrainState(jnp.int32(0), {str(i): jnp.zeros((64, 64)) for i in range(40)}, {}), sharding
+    )
+    with Checkpointer(tmp_path, keep=2, model_config={}) as checkpointer:
+        restored, metadata = checkpointer.restore_latest(like)
+        assert int(restored.step) == metadata.step >= 4
+        assert checkpointer.save(at_step(restored, metadata.step + 1))
+    assert not [path for path in tmp_path.iterdir() if "tmp" in path.name]
+
+
+@contextlib.contextmanager
+def small_disk(folder: pathlib.Path, size: str) -> Iterator[None]:
+    """A real file system of that size, where this process may mount one."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mounted = shutil.which("mount") and subprocess.run(command, capture_output=True).returncode == 0
+    if not mounted:
+        pytest.skip("mounting a small tmpfs needs root; the test with injected faults covers the same error")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill_until_it_fails(folder: pathlib.Path, state: TrainState) -> tuple[OSError, int]:
+    """The error of the first save that does not fit, and the step of the last one that did."""
+
+    def fill() -> None:
+        with open_checkpointer(folder, keep=99) as checkpointer:
+            for step in range(99):
+                checkpointer.save(at_step(state, step))
+                checkpointer.wait()
+
+    with pytest.raises(OSError, match="no space left") as caught:
+        fill()
+    saved = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return caught.value, saved[-1]
+
+
+def check_disk_full_error(error: OSError, folder: pathlib.Path, last: int, capfd) -> None:
+    assert error.errno == errno.ENOSPC
+    assert str(folder) in str(error)
+    assert f"that of step {last} is intact" in str(error)
+    assert "\n" not in str(error)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoints_intact(tmp_path, capfd):
+    with small_disk(tmp_path / "disk", "3m"):
+        folder = tmp_path / "disk" / "checkpoints"
+        state = make_state(sp=1, width=160)
+        error, last = fill_until_it_fails(folder, state)
+        check_disk_full_error(error, folder, last, capfd)
+        with open_checkpointer(folder) as checkpointer:
+            assert_same(checkpointer.restore_latest(state)[0], at_step(state, last))
+
+
+def test_a_writer_that_reports_no_space_is_explained(tmp_path, monkeypatch):
+    # The words of the array writer, which knows no errno.
+    fault = ValueError(
+        "RESOURCE_EXHAUSTED: Failed to write 64 bytes: No space left on device [os_error_code='28']"
+    )
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(at_step(make_state(sp=1), 1))
+        checkpointer.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpointer._manager, "save", lambda *_, **__: (_ for _ in ()).throw(fault))
+            with pytest.raises(OSError, match=r"that of step 1 is intact\); free some space") as caught:
+                checkpointer.save(at_step(make_state(sp=1), 2))
+            assert caught.value.errno == errno.ENOSPC
+            assert caught.value.filename == str(tmp_path)
+            patch.setattr(
+                checkpointer._manager, "save", lambda *_, **__: (_ for _ in ()).throw(KeyError("bug"))
+            )
+            with pytest.raises(KeyError):
+                checkpointer.save(at_step(make_state(sp=1), 2))
