@@ -97,9 +97,7 @@ class BatchedPhysics:
     def reset(self, seeds: Sequence[int]) -> tuple[Float32[np.ndarray, "B O"], Float64[np.ndarray, "B P"]]:
         """Initial observations and states, as of `make_environment(task).reset(seed=seed)` for each seed."""
         starts = [self._environment.reset(seed=seed) for seed in seeds]
-        return np.stack([observation for observation, _ in starts]), np.stack(
-            [info["physics"] for _, info in starts]
-        )
+        return np.stack([observation for observation, _ in starts]), np.stack([info["physics"] for _, info in starts])
 
     def step(
         self,
@@ -125,15 +123,17 @@ class BatchedPhysics:
             raise ValueError(f"action_hold must be at least 1, got {action_hold}")
         controls_BA = control_of_actions(actions_BA.astype(np.float64), self._low, self._high)
         steps = action_hold * self._substeps
-        states, sensors = self._roll(physics_BP, np.repeat(controls_BA[:, None], steps + 1, axis=1))
+        extra = int(self._sensor_lags.any())
+        states, sensors = self._roll(physics_BP, np.repeat(controls_BA[:, None], steps + extra, axis=1))
         last = slice(self._substeps - 1, steps, self._substeps)
-        after = slice(self._substeps, steps + 1, self._substeps)
-        reached = states[:, last]
-        sensors = np.where(self._sensor_lags, sensors[:, after], sensors[:, last])
+        reached, sensors_of_last = states[:, last], sensors[:, last]
+        if extra:
+            after = slice(self._substeps, steps + 1, self._substeps)
+            sensors_of_last = np.where(self._sensor_lags, sensors[:, after], sensors_of_last)
         controls = np.broadcast_to(controls_BA[:, None], (*reached.shape[:2], controls_BA.shape[-1]))
         return BatchedSteps(
-            observations=self._task.observe(reached, sensors).astype(np.float32),
-            rewards=self._task.reward(reached, sensors, controls),
+            observations=self._task.observe(reached, sensors_of_last).astype(np.float32),
+            rewards=self._task.reward(reached, sensors_of_last, controls),
             physics=reached,
         )
 
@@ -152,7 +152,7 @@ class BatchedPhysics:
     ) -> tuple[Float64[np.ndarray, "B step P"], Float64[np.ndarray, "B step sensor"]]:
         if self._rollout is None:
             raise RuntimeError("this BatchedPhysics is closed")
-        # The state is (time, qpos, qvel, activations). Unstable simulations restart at time 0, ours start at 1.
+        # The state is (time, qpos, qvel, activations). An unstable one restarts at time 0; ours start at 1.
         initial = np.concatenate([np.ones((len(physics_BP), 1)), physics_BP], axis=1)
         states, sensors = self._rollout.rollout(self._task.model, self._data, initial, controls)
         unstable = (states[:, -1, 0] < 1.0) | ~np.isfinite(states[:, -1]).all(axis=-1)

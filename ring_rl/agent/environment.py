@@ -22,9 +22,7 @@ try:
     import gymnasium
     import mujoco
 
-    with (
-        warnings.catch_warnings()
-    ):  # without a display dm_control's search for one warns; nothing is drawn here
+    with warnings.catch_warnings():  # without a display dm_control's search for one warns; nothing is drawn here
         warnings.simplefilter("ignore")
         from dm_control import suite
 except ImportError as error:
@@ -89,7 +87,7 @@ class DMControlEnvironment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.n
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Float32[np.ndarray, " O"], dict[str, Any]]:
         """Starts an episode. Without a seed it is drawn from the stream that the last seed started."""
-        super().reset(seed=seed, options=options)
+        super().reset(seed=None if seed is None else int(seed), options=options)
         # The suite's task has a RandomState of its own; a word from our stream starts it anew every episode.
         self._simulation.task.random.seed(int(self.np_random.integers(2**32)))
         time_step = self._simulation.reset()
@@ -131,9 +129,7 @@ class DMControlEnvironment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.n
     def _to_control(self, action: Float32[np.ndarray, " A"]) -> Float64[np.ndarray, " A"]:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_space.shape:
-            raise ValueError(
-                f"an action of {self.task} has shape {self.action_space.shape}, got {action.shape}"
-            )
+            raise ValueError(f"an action of {self.task} has shape {self.action_space.shape}, got {action.shape}")
         if not np.isfinite(action).all():
             raise ValueError(f"an action must be finite, got {action}; check the policy for NaN")
         return control_of_actions(action, self._action_low, self._action_high)
@@ -172,9 +168,7 @@ def register_environments() -> None:
     for task in task_names():
         name = f"ring_rl/{task}-v0"
         if name not in gymnasium.registry:
-            gymnasium.register(
-                name, f"{__name__}:make_environment", kwargs={"task": task, "action_repeat": 1}
-            )
+            gymnasium.register(name, f"{__name__}:make_environment", kwargs={"task": task, "action_repeat": 1})
 
 
 def rewards_of_states(
@@ -208,9 +202,7 @@ def observations_of_states(task: str, physics_LP: Float64[np.ndarray, "L P"]) ->
             led to a state, not to the state.
     """
     if parse_task(task)[0] == "quadruped":
-        raise ValueError(
-            "quadruped observes accelerations and forces, which its states do not hold; record them"
-        )
+        raise ValueError("quadruped observes accelerations and forces, which its states do not hold; record them")
     simulation, low, _ = _load(task)
     rows = []
     for state in physics_LP:
@@ -224,9 +216,7 @@ def load_simulation(domain: str, task: str, *, flat_observation: bool) -> Any:
     """The suite's own `dm_control.rl.control.Environment`."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(
-        logging.ERROR
-    )  # mujoco warns of attributes in dm_control's own models, which nobody here can edit
+    logger.setLevel(logging.ERROR)  # mujoco warns of attributes in dm_control's own models, which nobody here can edit
     try:
         return suite.load(domain, task, environment_kwargs={"flat_observation": flat_observation})
     finally:

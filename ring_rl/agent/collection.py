@@ -1,0 +1,288 @@
+"""Fills a folder of the ExoRL layout with an explorer's episodes.
+
+    <root>/<domain>/<algorithm>/collection.json    what was asked for, with which versions, and the returns
+                                returns.png        their histogram
+                                buffer/episode_000000_1000.npz ...
+
+An interrupted collection goes on where it stopped: what is there is kept and never written again. Episodes
+that an explorer learns from are played again on the way, which costs their simulation but needs no state on
+disk.
+
+Needs the simulator: `pip install 'ring_rl[simulator]'`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ring_rl.agent.atomic_file import atomic_file
+from ring_rl.agent.batched_physics import BatchedPhysics
+from ring_rl.agent.domains import DOMAINS, parse_task
+from ring_rl.agent.exorl import EpisodeSet, read_episodes, write_episode
+from ring_rl.agent.exploration import (
+    Batch,
+    Explorer,
+    NoiseConfig,
+    NoiseExplorer,
+    UniformConfig,
+    UniformExplorer,
+)
+from ring_rl.agent.policy_search import PolicySearch, PolicySearchConfig
+from ring_rl.agent.trajectory import Trajectory
+from ring_rl.config import describe_differences, to_mapping
+
+__all__ = ["CollectionConfig", "ExplorerConfig", "collect", "make_explorer", "play_batch"]
+
+ExplorerConfig = UniformConfig | NoiseConfig | PolicySearchConfig
+
+
+@dataclass(frozen=True)
+class CollectionConfig:
+    """What to collect, and where.
+
+    Attributes:
+        task: "cartpole_swingup" and the like; the episodes carry its rewards.
+        explorer: Who acts.
+        episodes: How many are recorded.
+        seed: Together with the rest it determines every episode.
+        root: The folder that holds the domains.
+        algorithm: Folder inside the domain's.
+        threads: That step episodes side by side; null takes one a processor core. Changes nothing but speed.
+    """
+
+    task: str
+    explorer: UniformConfig | NoiseConfig | PolicySearchConfig
+    episodes: int
+    seed: int
+    root: Path
+    algorithm: str
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        domain, _ = parse_task(self.task)
+        if self.episodes < 1:
+            raise ValueError(f"episodes must be at least 1, got {self.episodes}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if Path(self.algorithm).name != self.algorithm or self.algorithm in ("", ".", ".."):
+            raise ValueError(f"algorithm names one folder, got {self.algorithm!r}; leave out slashes and dots")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1 or null, got {self.threads}")
+        steps, hold = DOMAINS[domain].episode_steps, self.explorer.action_hold
+        if steps % hold:
+            raise ValueError(
+                f"{self.task} has {steps} control steps, not divisible by action_hold {hold}; use a divisor"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """`<root>/<domain>/<algorithm>`."""
+        return self.root / parse_task(self.task)[0] / self.algorithm
+
+
+def make_explorer(config: CollectionConfig) -> Explorer:
+    """Builds the explorer of a configuration; ValueError where `episodes` does not suit it."""
+    spec = DOMAINS[parse_task(config.task)[0]]
+    match config.explorer:
+        case UniformConfig():
+            return UniformExplorer(
+                config.explorer, episodes=config.episodes, action_dim=spec.action_dim, seed=config.seed
+            )
+        case NoiseConfig():
+            return NoiseExplorer(
+                config.explorer, episodes=config.episodes, action_dim=spec.action_dim, seed=config.seed
+            )
+        case PolicySearchConfig():
+            return PolicySearch(
+                config.explorer,
+                episodes=config.episodes,
+                observation_dim=spec.observation_dim,
+                action_dim=spec.action_dim,
+                seed=config.seed,
+            )
+
+
+def collect(config: CollectionConfig, *, progress: bool) -> EpisodeSet:
+    """Brings a folder up to `config.episodes` episodes and returns them all.
+
+    Args:
+        config: What and where. A folder that was filled with other settings is refused.
+        progress: Whether to show a progress bar with the time left.
+
+    Raises:
+        ValueError: the folder holds other settings or episodes of unknown origin; the simulation is unstable.
+        KeyboardInterrupt: passed on, after the record of what was finished has been written.
+    """
+    explorer = make_explorer(config)
+    buffer = config.folder / "buffer"
+    _claim_folder(config, explorer)
+    missing = set(range(config.episodes)) - _recorded_indices(buffer)
+    try:
+        if missing:
+            _fill(config, explorer, buffer, missing, progress=progress)
+    except BaseException:
+        if _recorded_indices(buffer):
+            _summarise(config, explorer, buffer, progress=progress)
+        raise
+    return _summarise(config, explorer, buffer, progress=progress)
+
+
+def play_batch(physics: BatchedPhysics, batch: Batch, *, action_hold: int) -> list[Trajectory]:
+    """Plays one episode for every seed of the batch, to the time limit."""
+    observations_BO, physics_BP = physics.reset(batch.reset_seeds)
+    observations, states = [observations_BO[:, None]], [physics_BP[:, None]]
+    actions, rewards = [], []
+    for decision in range(physics.episode_steps // action_hold):
+        actions_BA = batch.policy(observations_BO, decision)
+        steps = physics.step(physics_BP, actions_BA, action_hold=action_hold)
+        observations.append(steps.observations)
+        states.append(steps.physics)
+        rewards.append(steps.rewards)
+        actions.append(np.repeat(actions_BA[:, None], action_hold, axis=1))
+        observations_BO, physics_BP = steps.observations[:, -1], steps.physics[:, -1]
+    columns = zip(
+        np.concatenate(observations, axis=1),
+        np.concatenate(actions, axis=1),
+        np.concatenate(rewards, axis=1).astype(np.float32),
+        np.concatenate(states, axis=1),
+        strict=True,
+    )
+    return [
+        Trajectory(each_observations, each_actions, each_rewards, np.ones_like(each_rewards), each_states)
+        for each_observations, each_actions, each_rewards, each_states in columns
+    ]
+
+
+def _fill(config: CollectionConfig, explorer: Explorer, buffer: Path, missing: set[int], *, progress: bool) -> None:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    threads = config.threads or os.cpu_count() or 1
+    with (
+        BatchedPhysics(config.task, threads=threads) as physics,
+        Progress(*columns, disable=not progress, transient=True) as bar,
+    ):
+        job = bar.add_task(f"playing {config.task}", total=sum(explorer.batch_sizes))
+        first = 0
+        for number, size in enumerate(explorer.batch_sizes):
+            batch = explorer.batch(number)
+            indices = range(first, first + batch.recorded)
+            # An explorer that looks at rewards must see every batch again; the others can skip what is there.
+            if not explorer.reward_free or not missing.isdisjoint(indices):
+                try:
+                    trajectories = play_batch(physics, batch, action_hold=config.explorer.action_hold)
+                except FloatingPointError as error:
+                    raise ValueError(str(error)) from error
+                for index, trajectory in zip(indices, trajectories, strict=False):
+                    if index in missing:
+                        write_episode(buffer, index, trajectory)
+                explorer.learn(number, trajectories)
+                best = max(trajectory.episode_return for trajectory in trajectories)
+                bar.update(job, description=f"playing {config.task}, best of the batch {best:.0f}")
+            first += batch.recorded
+            bar.advance(job, size)
+
+
+def _summarise(config: CollectionConfig, explorer: Explorer, buffer: Path, *, progress: bool) -> EpisodeSet:
+    episodes = read_episodes(buffer, max_episodes=None, progress=progress)
+    _write_record(config, explorer, episodes)
+    _write_histogram(config, episodes)
+    return episodes
+
+
+def _settings(config: CollectionConfig) -> dict[str, Any]:
+    """What determines the episodes; the folder and the threads do not."""
+    settings = to_mapping(config)
+    return {key: settings[key] for key in ("task", "episodes", "seed", "explorer")}
+
+
+def _claim_folder(config: CollectionConfig, explorer: Explorer) -> None:
+    """Refuses a folder of another origin; writes down the settings before the first episode."""
+    record_path = config.folder / "collection.json"
+    remedy = "choose another folder with algorithm=..."
+    if record_path.exists():
+        try:
+            saved = json.loads(record_path.read_text())["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{record_path} is no record of a collection ({error}); {remedy}") from None
+        differences = describe_differences(saved, _settings(config))
+        if differences:
+            raise ValueError(f"{config.folder} was collected otherwise ({'; '.join(differences)}); {remedy}")
+        (config.folder / "buffer").mkdir(exist_ok=True)
+        return
+    if (config.folder / "buffer").is_dir() and any((config.folder / "buffer").iterdir()):
+        raise ValueError(f"{config.folder} holds files but no collection.json to say where from; {remedy}")
+    (config.folder / "buffer").mkdir(parents=True, exist_ok=True)
+    _write_record(config, explorer, None)
+
+
+def _recorded_indices(buffer: Path) -> set[int]:
+    return {int(path.name.split("_")[1]) for path in buffer.glob("episode_*_*.npz")}
+
+
+def _write_record(config: CollectionConfig, explorer: Explorer, episodes: EpisodeSet | None) -> None:
+    count = 0 if episodes is None else len(episodes.trajectories)
+    record = {
+        "settings": _settings(config),
+        "reward_free": explorer.reward_free,
+        "complete": count == config.episodes,
+        "episodes": count,
+        "returns": None if episodes is None else dict(episodes.quantiles),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("ring_rl", "dm_control", "mujoco", "numpy")},
+        },
+        "git_commit": _git_commit(),
+    }
+    _write_atomically(
+        config.folder / "collection.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n")
+    )
+
+
+def _write_histogram(config: CollectionConfig, episodes: EpisodeSet) -> None:
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(episodes.returns, bins=min(50, max(10, len(episodes.returns) // 8)))
+    median, best = episodes.quantiles["median"], episodes.quantiles["max"]
+    axes.set_title(f"{config.task}, {config.algorithm}: median {median:.0f}, best {best:.0f}")
+    axes.set_xlabel("episode return")
+    axes.set_ylabel("episodes")
+    _write_atomically(config.folder / "returns.png", lambda path: figure.savefig(path, dpi=150))
+
+
+def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    with atomic_file(path, overwrite=True) as temporary:
+        write(temporary)
+
+
+def _git_commit() -> str | None:
+    """The commit of the source this runs from, if it is a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
