@@ -17,7 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ring_rl.agent.chain_batch import ChainBatch
-from ring_rl.agent.tokens import Normalisation, TokenEmbedding, TokenLayout, tokens_before_action, tokens_per_step
+from ring_rl.agent.tokens import (
+    Normalisation,
+    TokenEmbedding,
+    TokenLayout,
+    tokens_before_action,
+    tokens_per_step,
+)
 from ring_rl.nn.kv_cache import KVCache
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.transformer import Transformer, TransformerConfig
@@ -81,7 +87,10 @@ class AgenticTransformer(nnx.Module):
         B, T = batch.steps.shape
         tokens, positions = self.embedding(batch)
         x_BtM = self.transformer(tokens, positions, parallel)
-        n, last_before = tokens_per_step(self.config.token_layout), tokens_before_action(self.config.token_layout)
+        n, last_before = (
+            tokens_per_step(self.config.token_layout),
+            tokens_before_action(self.config.token_layout),
+        )
         return self._actions(x_BtM.reshape(B, T, n, -1)[:, :, last_before - 1])
 
     @property
@@ -93,7 +102,9 @@ class AgenticTransformer(nnx.Module):
         """A memory of nothing, with room for `context_trajectories` episodes."""
         config = self.config
         steps = config.trajectories * config.episode_steps
-        return self.transformer.empty_cache(batch=batch, capacity=steps * tokens_per_step(config.token_layout))
+        return self.transformer.empty_cache(
+            batch=batch, capacity=steps * tokens_per_step(config.token_layout)
+        )
 
     def act(self, memory: KVCache, now: ChainBatch) -> tuple[Float[Array, "B A"], KVCache]:
         """The action of one step, T = 1; of `now` only what is known before acting is read."""

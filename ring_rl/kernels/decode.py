@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from ring_rl.kernels.accumulate import float32_einsum
 from ring_rl.typing import Array, Float, Int
 
 
@@ -23,14 +24,10 @@ def decode_attention(
     S, K = k_cache.shape[1:3]
     scale = D**-0.5 if scale is None else scale
     q_BTKGD = q.reshape(B, T, K, H // K, D)
-    logits_BKGTS = scale * jnp.einsum(
-        "btkgd,bskd->bkgts", q_BTKGD, k_cache, preferred_element_type=jnp.float32
-    )
+    logits_BKGTS = scale * float32_einsum("btkgd,bskd->bkgts", q_BTKGD, k_cache)
     seen_TS = jnp.arange(S)[None, :] <= length + jnp.arange(T)[:, None]
     logits_BKGTS = jnp.where(seen_TS, logits_BKGTS, -jnp.inf)
     weights_BKGTS = jnp.exp(logits_BKGTS - jnp.max(logits_BKGTS, axis=-1, keepdims=True))
-    numerator_BTKGD = jnp.einsum(
-        "bkgts,bskd->btkgd", weights_BKGTS.astype(v_cache.dtype), v_cache, preferred_element_type=jnp.float32
-    )
+    numerator_BTKGD = float32_einsum("bkgts,bskd->btkgd", weights_BKGTS.astype(v_cache.dtype), v_cache)
     denominator_BTKG = jnp.moveaxis(jnp.sum(weights_BKGTS, axis=-1), 3, 1)
     return (numerator_BTKGD / denominator_BTKG[..., None]).reshape(B, T, H, D).astype(q.dtype)

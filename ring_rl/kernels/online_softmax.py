@@ -43,9 +43,7 @@ def begin(out: Float32[Array, "B T H D"], log_sum_exp: Float32[Array, "B H T"]) 
     )
 
 
-def merge(
-    partial: Partial, out: Float32[Array, "B T H D"], log_sum_exp: Float32[Array, "B H T"]
-) -> Partial:
+def merge(partial: Partial, out: Float32[Array, "B T H D"], log_sum_exp: Float32[Array, "B H T"]) -> Partial:
     """`partial` extended by a block over other keys. A block with log_sum_exp = -inf changes nothing."""
     maximum_BHT = jnp.maximum(partial.maximum, log_sum_exp)
     # -inf - -inf is NaN; a row that has seen nothing needs weights of zero, which any finite maximum gives.

@@ -10,10 +10,10 @@ grouped-query attention are never repeated.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ring_rl.kernels.accumulate import float32_einsum
 from ring_rl.kernels.varying import vary_alike
 from ring_rl.typing import Array, Bool, Float, Float32
 
@@ -134,9 +134,7 @@ class XlaBlock:
             if causal:
                 carry = accumulate(carry, tiles, j, _causal_mask(rows.size, k_tile).T)
             first = j + 1 if causal else 0
-            dqT_tiles, dk, dv = lax.fori_loop(
-                first, rows.count, lambda i, c: accumulate(c, tiles, i), carry
-            )
+            dqT_tiles, dk, dv = lax.fori_loop(first, rows.count, lambda i, c: accumulate(c, tiles, i), carry)
             return dqT_tiles, (dk, dv)
 
         zeros = vary_alike(jnp.zeros(qT_tiles.shape, jnp.float32), q)[0]
@@ -167,8 +165,8 @@ class _Tiling:
 
 
 def _product(a: Array, b: Array) -> Array:
-    """Batched a @ b over leading axes [B, K], accumulated in float32: bf16 sums lose terms at long S."""
-    return jnp.einsum("bkij,bkjl->bkil", a, b, preferred_element_type=jnp.float32)
+    """Batched a @ b over leading axes [B, K]."""
+    return float32_einsum("bkij,bkjl->bkil", a, b)
 
 
 def _pad(x: Array, axis: int, padding: int, value: float = 0.0) -> Array:

@@ -255,7 +255,9 @@ def _add(left, right) -> tuple[Array, ...]:
 
 def _check_shapes(q: Array, k: Array, v: Array) -> None:
     if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"q, k, v must be [batch, tokens, heads, head_dim], got {q.shape}, {k.shape}, {v.shape}")
+        raise ValueError(
+            f"q, k, v must be [batch, tokens, heads, head_dim], got {q.shape}, {k.shape}, {v.shape}"
+        )
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {k.shape} and {v.shape}")
     if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
