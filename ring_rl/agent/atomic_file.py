@@ -49,9 +49,7 @@ def _move_without_overwriting(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise FileExistsError(
-            f"{path} exists and is not overwritten; move it away or choose another name"
-        ) from None
+        raise FileExistsError(f"{path} exists and is not overwritten; move it away or choose another name") from None
     except OSError:  # a file system without hard links: a check and a rename, with a race of microseconds
         if path.exists():
             raise FileExistsError(

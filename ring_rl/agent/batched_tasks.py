@@ -108,9 +108,7 @@ class _Walker:
         for body in range(1, model.nbody):
             link = body
             while link > 0:
-                for joint in range(
-                    model.body_jntadr[link], model.body_jntadr[link] + model.body_jntnum[link]
-                ):
+                for joint in range(model.body_jntadr[link], model.body_jntadr[link] + model.body_jntnum[link]):
                     if model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_HINGE:
                         self._angles[model.jnt_qposadr[joint], body - 1] = model.jnt_axis[joint, 1]
                 link = model.body_parentid[link]
@@ -152,9 +150,7 @@ class _Quadruped:
         self._force_torque = _sensor_columns_of_types(model, kinds.mjSENS_FORCE, kinds.mjSENS_TORQUE)
         hinges = np.flatnonzero(model.jnt_type == mujoco.mjtJoint.mjJNT_HINGE)
         activations = np.arange(model.nq + model.nv, model.nq + model.nv + model.na)
-        self._egocentric = np.concatenate(
-            [model.jnt_qposadr[hinges], model.nq + model.jnt_dofadr[hinges], activations]
-        )
+        self._egocentric = np.concatenate([model.jnt_qposadr[hinges], model.nq + model.jnt_dofadr[hinges], activations])
 
     def observe(self, states: States, sensors: Sensors) -> Float64[np.ndarray, "*rows O"]:
         parts = [
@@ -170,9 +166,7 @@ class _Quadruped:
         bounds, margin = (self._desired_speed, np.inf), self._desired_speed
         speed = sensors[..., self._velocity.start]
         move_reward = _tolerance(speed, bounds, margin=margin, value_at_margin=0.5, sigmoid="linear")
-        upright = _tolerance(
-            self._upright(states), (1.0, np.inf), margin=2, value_at_margin=0, sigmoid="linear"
-        )
+        upright = _tolerance(self._upright(states), (1.0, np.inf), margin=2, value_at_margin=0, sigmoid="linear")
         return upright * move_reward
 
     @staticmethod
@@ -204,6 +198,4 @@ def _sensor_columns(model: Any, name: str) -> slice:
 
 def _sensor_columns_of_types(model: Any, *types: int) -> Float64[np.ndarray, " column"]:
     sensors = np.flatnonzero(np.isin(model.sensor_type, [int(each) for each in types]))
-    return np.concatenate(
-        [np.arange(model.sensor_adr[i], model.sensor_adr[i] + model.sensor_dim[i]) for i in sensors]
-    )
+    return np.concatenate([np.arange(model.sensor_adr[i], model.sensor_adr[i] + model.sensor_dim[i]) for i in sensors])

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -182,9 +183,10 @@ def _fill(config: CollectionConfig, explorer: Explorer, buffer: Path, missing: s
         TimeRemainingColumn(),
     )
     threads = config.threads or os.cpu_count() or 1
+    console = Console(stderr=True)
     with (
         BatchedPhysics(config.task, threads=threads) as physics,
-        Progress(*columns, disable=not progress, transient=True) as bar,
+        Progress(*columns, console=console, disable=not (progress and console.is_terminal), transient=True) as bar,
     ):
         job = bar.add_task(f"playing {config.task}", total=sum(explorer.batch_sizes))
         first = 0

@@ -26,6 +26,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
 from ring_rl.agent.atomic_file import atomic_file
@@ -104,9 +105,7 @@ def list_episodes(folder: Path) -> tuple[Path, ...]:
     Raises:
         FileNotFoundError: the folder is missing or holds no episode.
     """
-    remedy = (
-        "collect episodes with datasets/exorl/collect.py or fetch published ones with datasets/exorl/fetch.py"
-    )
+    remedy = "collect episodes with datasets/exorl/collect.py or fetch published ones with datasets/exorl/fetch.py"
     if not folder.is_dir():
         raise FileNotFoundError(f"no such data folder: {folder}; {remedy}")
     paths = [path for path in folder.iterdir() if _EPISODE_NAME.fullmatch(path.name)]
@@ -158,7 +157,9 @@ def read_episodes(
         if max_episodes < len(paths):
             paths = tuple(paths[index * len(paths) // max_episodes] for index in range(max_episodes))
     trajectories: list[Trajectory] = []
-    for path in track(paths, description="reading episodes", disable=not progress, transient=True):
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
+    for path in track(paths, "reading episodes", console=console, disable=hidden, transient=True):
         trajectory = read_episode(path, reward_column=reward_column)
         if trajectories:
             found, first = (
@@ -238,9 +239,7 @@ def _read_episode(path: Path, reward_column: int | None) -> Trajectory:
         ("discount", "float32"),
     ):
         if key not in arrays:
-            raise _EpisodeError(
-                f"key {key!r} is missing, found {', '.join(sorted(arrays))}; fetch or collect it again"
-            )
+            raise _EpisodeError(f"key {key!r} is missing, found {', '.join(sorted(arrays))}; fetch or collect it again")
         _check_array(key, arrays[key], dtype=dtype, length=length)
     physics = arrays.get("physics")
     if physics is not None:
@@ -266,9 +265,7 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"no such episode: {path}") from None
     except PermissionError:
         raise
-    except (
-        Exception
-    ) as error:  # damaged bytes raise nearly anything: BadZipFile, zlib.error, EOFError, struct.error
+    except Exception as error:  # damaged bytes raise nearly anything: BadZipFile, zlib.error, EOFError, struct.error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise _EpisodeError(
             f"truncated or corrupt npz file ({reason}); remove it and fetch or collect it again"
@@ -277,9 +274,7 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _check_array(key: str, array: np.ndarray, *, dtype: str, length: int) -> None:
     if array.dtype != np.dtype(dtype):
-        raise _EpisodeError(
-            f"{key!r} must be {dtype}, got {array.dtype}; convert the file to the published layout"
-        )
+        raise _EpisodeError(f"{key!r} must be {dtype}, got {array.dtype}; convert the file to the published layout")
     if array.ndim != 2 or array.shape[1] == 0:
         raise _EpisodeError(f"{key!r} must have shape (length + 1, n), got {array.shape}")
     if array.shape[0] != length + 1:
@@ -289,9 +284,7 @@ def _check_array(key: str, array: np.ndarray, *, dtype: str, length: int) -> Non
         )
     finite = np.isfinite(array).all(axis=1)
     if not finite.all():
-        raise _EpisodeError(
-            f"{key!r} has a NaN or infinite value in row {int(np.argmin(finite))}; remove the file"
-        )
+        raise _EpisodeError(f"{key!r} has a NaN or infinite value in row {int(np.argmin(finite))}; remove the file")
 
 
 def _select_reward(rewards: np.ndarray, column: int | None) -> np.ndarray:
@@ -303,7 +296,5 @@ def _select_reward(rewards: np.ndarray, column: int | None) -> np.ndarray:
             )
         return rewards[:, 0]
     if not 0 <= column < columns:
-        raise _EpisodeError(
-            f"'reward' has {columns} column(s); reward_column={column} must be in 0..{columns - 1}"
-        )
+        raise _EpisodeError(f"'reward' has {columns} column(s); reward_column={column} must be in 0..{columns - 1}")
     return np.ascontiguousarray(rewards[:, column])

@@ -14,6 +14,7 @@ every generation, not the best of it: the set shows the whole climb.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,7 +31,7 @@ from ring_rl.agent.exploration import (
 from ring_rl.agent.trajectory import Trajectory
 from ring_rl.typing import Float32, Float64
 
-__all__ = ["PolicySearch", "PolicySearchConfig", "monomials"]
+__all__ = ["PolicySearch", "PolicySearchConfig", "largest_degree", "monomials"]
 
 # Warm-up observations that hardly vary are scaled as if they did by this much.
 _SMALLEST_SCALE = 0.1
@@ -50,8 +51,8 @@ class PolicySearchConfig:
         initial_deviation: Standard deviation of every weight in the first generation.
         extra_deviation: Share of `initial_deviation` added (in quadrature) after every generation, falling
             linearly to 0 at the last, against settling too early.
-        feature_degree: Of the monomials: 1 for a linear policy. There are (O + d)! / (O! d!) of them, 56 for
-            cartpole (O = 5) and degree 3, 2,925 for walker: there use 1.
+        largest_feature_count: The degree of the monomials is the highest that gives at most so many, and at
+            least 1. There are (O + d)! / (O! d!): with 100, degree 3 for cartpole (56) and 1 for walker (25).
         action_noise: Standard deviation of Gaussian noise at every decision.
         last_to_first: Episodes recorded of the last generation for each one of the first, in [0, 1]; linear in
             between. Below 1 it keeps good behaviour a minority, as it is in data that others explored.
@@ -65,12 +66,14 @@ class PolicySearchConfig:
     elite_fraction: float
     initial_deviation: float
     extra_deviation: float
-    feature_degree: int
+    largest_feature_count: int
     action_noise: float
     last_to_first: float
 
     def __post_init__(self) -> None:
-        require_at_least_one(self, "action_hold", "warm_up_episodes", "population", "generations", "feature_degree")
+        require_at_least_one(
+            self, "action_hold", "warm_up_episodes", "population", "generations", "largest_feature_count"
+        )
         if not 0 < self.elite_fraction <= 1 or round(self.elite_fraction * self.population) < 2:
             raise ValueError(
                 f"elite_fraction {self.elite_fraction} of population {self.population} must be at least 2 "
@@ -95,7 +98,7 @@ class PolicySearch:
         self._config = config
         self._seed = seed
         self._action_dim = action_dim
-        self._monomials = monomials(observation_dim, config.feature_degree)
+        self._monomials = monomials(observation_dim, largest_degree(observation_dim, config.largest_feature_count))
         weights = (len(self._monomials), action_dim)
         self._mean_FA = np.zeros(weights)
         self._deviation_FA = np.full(weights, config.initial_deviation)
@@ -170,6 +173,14 @@ def _recorded_by_generation(config: PolicySearchConfig, episodes: int) -> list[i
             f"{config.population}; ask for fewer episodes or raise population or generations"
         )
     return [int(count) for count in recorded]
+
+
+def largest_degree(variables: int, count: int) -> int:
+    """The highest degree with at most `count` monomials in so many variables, and at least 1."""
+    degree = 1
+    while math.comb(variables + degree + 1, degree + 1) <= count:
+        degree += 1
+    return degree
 
 
 def monomials(variables: int, degree: int) -> tuple[tuple[int, ...], ...]:

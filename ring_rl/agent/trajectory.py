@@ -47,9 +47,7 @@ class Trajectory:
         _require_array("observations", self.observations, ndim=2, dtype=np.float32)
         rows = self.observations.shape[0]
         if rows < 2:
-            raise ValueError(
-                f"a trajectory needs at least one step, two observations; got {rows} observations"
-            )
+            raise ValueError(f"a trajectory needs at least one step, two observations; got {rows} observations")
         for name, ndim in (("actions", 2), ("rewards", 1), ("discounts", 1)):
             _require_array(name, getattr(self, name), ndim=ndim, dtype=np.float32, rows=rows - 1, of=rows)
         if self.physics is not None:
@@ -84,9 +82,7 @@ def merge_held_actions(trajectory: Trajectory, action_repeat: int) -> Trajectory
             invent an action that was never taken.
     """
     if isinstance(action_repeat, bool) or not isinstance(action_repeat, int) or action_repeat < 1:
-        raise ValueError(
-            f"action_repeat must be an integer of at least 1, got {action_repeat!r}; use action_repeat=1"
-        )
+        raise ValueError(f"action_repeat must be an integer of at least 1, got {action_repeat!r}; use action_repeat=1")
     if action_repeat == 1:
         return trajectory
     length = trajectory.length
@@ -106,9 +102,7 @@ def merge_held_actions(trajectory: Trajectory, action_repeat: int) -> Trajectory
     return Trajectory(
         observations=trajectory.observations[::action_repeat],
         actions=trajectory.actions[::action_repeat],
-        rewards=trajectory.rewards.reshape(-1, action_repeat)
-        .sum(axis=1, dtype=np.float64)
-        .astype(np.float32),
+        rewards=trajectory.rewards.reshape(-1, action_repeat).sum(axis=1, dtype=np.float64).astype(np.float32),
         discounts=trajectory.discounts.reshape(-1, action_repeat).prod(axis=1),
         physics=None if trajectory.physics is None else trajectory.physics[::action_repeat],
     )
@@ -125,9 +119,7 @@ def _require_array(
 ) -> None:
     wanted = np.dtype(dtype).name
     if not isinstance(array, np.ndarray):
-        raise ValueError(
-            f"{name} must be a numpy array of {wanted}, got {type(array).__name__}; use np.asarray"
-        )
+        raise ValueError(f"{name} must be a numpy array of {wanted}, got {type(array).__name__}; use np.asarray")
     if array.dtype != dtype:
         raise ValueError(f"{name} must be {wanted}, got {array.dtype}; convert with .astype(np.{wanted})")
     if array.ndim != ndim:

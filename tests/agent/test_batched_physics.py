@@ -29,12 +29,8 @@ def test_it_follows_a_plain_dm_control_loop(task):
             steps = physics.step(states, actions, action_hold=3)
             for control_step in range(3):
                 observation, reward, _, _, info = environment.step(actions[1])
-                np.testing.assert_allclose(
-                    steps.observations[1, control_step], observation, atol=1e-6, rtol=1e-6
-                )
-                np.testing.assert_allclose(
-                    steps.physics[1, control_step], info["physics"], atol=1e-6, rtol=1e-6
-                )
+                np.testing.assert_allclose(steps.observations[1, control_step], observation, atol=1e-6, rtol=1e-6)
+                np.testing.assert_allclose(steps.physics[1, control_step], info["physics"], atol=1e-6, rtol=1e-6)
                 assert steps.rewards[1, control_step] == pytest.approx(reward, abs=1e-6)
             states = steps.physics[:, -1]
 
@@ -70,9 +66,7 @@ def test_sensors_do_not_lag(task):
             steps = physics.step(states, actions, action_hold=2)
             states = steps.physics[:, -1]
         for episode in range(2):
-            wanted = rewards_of_states(
-                task, steps.physics[episode], np.repeat(actions[episode, None], 2, axis=0)
-            )
+            wanted = rewards_of_states(task, steps.physics[episode], np.repeat(actions[episode, None], 2, axis=0))
             np.testing.assert_allclose(steps.rewards[episode], wanted, atol=1e-9)
         np.testing.assert_allclose(physics.rewards(states, actions), steps.rewards[:, -1], atol=1e-12)
 
@@ -116,9 +110,7 @@ def test_bad_input_is_refused():
     with BatchedPhysics("cartpole_swingup", threads=1) as physics:
         _, states = physics.reset([0, 1])
         actions = np.zeros((2, 1), np.float32)
-        with pytest.raises(
-            ValueError, match=r"actions of cartpole_swingup must have shape \(2, 1\), got \(1, 1\)"
-        ):
+        with pytest.raises(ValueError, match=r"actions of cartpole_swingup must have shape \(2, 1\), got \(1, 1\)"):
             physics.step(states, actions[:1], action_hold=1)
         with pytest.raises(ValueError, match=r"physics of cartpole_swingup must have shape \(2, 4\)"):
             physics.step(states[:, :3], actions, action_hold=1)

@@ -52,9 +52,7 @@ def test_every_listed_task_builds_with_the_listed_sizes(task):
 
 
 @pytest.mark.parametrize("task", ["cartpole_swingup", "walker_walk"])
-@pytest.mark.filterwarnings(
-    "ignore::UserWarning"
-)  # the checker dislikes unbounded observations and no renderer
+@pytest.mark.filterwarnings("ignore::UserWarning")  # the checker dislikes unbounded observations and no renderer
 def test_gymnasium_accepts_it(task):
     check_env(make_environment(task, action_repeat=2))
 
@@ -224,9 +222,7 @@ def test_importing_registers_nothing():
 
 @pytest.mark.parametrize("task", ["cartpole_swingup", "cartpole_balance_sparse", "cheetah_run", "walker_run"])
 def test_states_give_back_rewards_and_observations(task):
-    observations, actions, rewards, physics = play(
-        make_environment(task, action_repeat=1), seed=1, decisions=60
-    )
+    observations, actions, rewards, physics = play(make_environment(task, action_repeat=1), seed=1, decisions=60)
     np.testing.assert_allclose(rewards_of_states(task, physics[1:], actions), rewards, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(observations_of_states(task, physics), observations, rtol=1e-6, atol=1e-6)
 
@@ -240,18 +236,14 @@ def test_rewards_can_be_relabelled_for_another_task():
 
 def test_relabelling_counts_the_control():
     """A relabelling that leaves the control at zero pays too much where a task charges for it."""
-    _, actions, rewards, physics = play(
-        make_environment("cartpole_balance", action_repeat=1), seed=1, decisions=20
-    )
+    _, actions, rewards, physics = play(make_environment("cartpole_balance", action_repeat=1), seed=1, decisions=20)
     without_control = rewards_of_states("cartpole_balance", physics[1:], np.zeros_like(actions))
     assert (without_control > rewards).all()
     assert (without_control <= 1.25 * rewards * (1 + 1e-9)).all()
 
 
 def test_quadrupeds_rewards_come_from_states_but_not_its_observations():
-    _, actions, rewards, physics = play(
-        make_environment("quadruped_run", action_repeat=1), seed=1, decisions=10
-    )
+    _, actions, rewards, physics = play(make_environment("quadruped_run", action_repeat=1), seed=1, decisions=10)
     np.testing.assert_allclose(rewards_of_states("quadruped_run", physics[1:], actions), rewards, rtol=1e-9)
     with pytest.raises(ValueError, match="accelerations and forces"):
         observations_of_states("quadruped_run", physics)

@@ -21,9 +21,7 @@ from ring_rl.agent.exorl import (
 from ring_rl.agent.trajectory import Trajectory
 
 
-def make_trajectory(
-    *, length=8, observation_dim=3, action_dim=2, reward=0.5, physics_dim=4, seed=0
-) -> Trajectory:
+def make_trajectory(*, length=8, observation_dim=3, action_dim=2, reward=0.5, physics_dim=4, seed=0) -> Trajectory:
     rng = np.random.default_rng(seed)
     return Trajectory(
         observations=rng.normal(size=(length + 1, observation_dim)).astype(np.float32),
@@ -102,9 +100,7 @@ def test_a_written_file_has_the_published_layout(tmp_path):
     physics_dim=st.integers(0, 3),
     seed=st.integers(0, 99),
 )
-def test_write_then_read_gives_the_same(
-    tmp_path_factory, length, observation_dim, action_dim, physics_dim, seed
-):
+def test_write_then_read_gives_the_same(tmp_path_factory, length, observation_dim, action_dim, physics_dim, seed):
     trajectory = make_trajectory(
         length=length,
         observation_dim=observation_dim,

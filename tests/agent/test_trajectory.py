@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from ring_rl.agent.trajectory import Trajectory, merge_held_actions
 
 
-def make_trajectory(
-    *, decisions=5, hold=1, observation_dim=3, action_dim=2, physics_dim=4, seed=0
-) -> Trajectory:
+def make_trajectory(*, decisions=5, hold=1, observation_dim=3, action_dim=2, physics_dim=4, seed=0) -> Trajectory:
     """Random numbers; every action is held for `hold` steps."""
     rng = np.random.default_rng(seed)
     length = decisions * hold
@@ -68,13 +66,9 @@ def test_an_episode_without_a_step_is_refused():
         )
 
 
-@given(
-    decisions=st.integers(1, 12), hold=st.integers(1, 6), has_physics=st.booleans(), seed=st.integers(0, 99)
-)
+@given(decisions=st.integers(1, 12), hold=st.integers(1, 6), has_physics=st.booleans(), seed=st.integers(0, 99))
 def test_merging_keeps_the_return_and_the_decisions(decisions, hold, has_physics, seed):
-    trajectory = make_trajectory(
-        decisions=decisions, hold=hold, physics_dim=4 if has_physics else 0, seed=seed
-    )
+    trajectory = make_trajectory(decisions=decisions, hold=hold, physics_dim=4 if has_physics else 0, seed=seed)
     merged = merge_held_actions(trajectory, hold)
     assert merged.length == decisions
     assert merged.episode_return == pytest.approx(trajectory.episode_return, rel=1e-6)
