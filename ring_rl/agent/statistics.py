@@ -20,6 +20,8 @@ class Estimate:
     seeds: int
 
     def __str__(self) -> str:
+        if np.isnan(self.low):
+            return f"{self.mean:.0f}"
         return f"{self.mean:.0f} [{self.low:.0f}, {self.high:.0f}]"
 
 

@@ -1,0 +1,94 @@
+"""The agents that can be trained: what they read, how large they are, and which model that makes."""
+
+import dataclasses
+from typing import Literal
+
+from ring_rl.agent.data import normalisation_of
+from ring_rl.agent.exorl import EpisodeSet, select_best_fraction
+from ring_rl.agent.hindsight import ChainConfig
+from ring_rl.agent.model import BehaviourCloningConfig, ModelConfig, SequenceModelConfig
+from ring_rl.agent.tokens import TokenLayout
+from ring_rl.nn.transformer import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceAgentConfig:
+    """An agent that acts on returns and context.
+
+    Attributes:
+        name: "agentic_transformer" reads chains; "decision_transformer" one trajectory with its own return.
+        best_fraction: The part of the data, best by return, that it learns from; 1 is all.
+        chain: How chains are drawn.
+        token_layout: How a step becomes tokens.
+        previous_step_in_token: Whether a fused token also holds the previous action and reward.
+        return_octaves: Octaves of the return-to-go's Fourier features.
+        time_octaves: Octaves of the episode time's Fourier features.
+        transformer: The size of the trunk.
+    """
+
+    name: Literal["agentic_transformer", "decision_transformer"]
+    best_fraction: float
+    chain: ChainConfig
+    token_layout: TokenLayout
+    previous_step_in_token: bool
+    return_octaves: int
+    time_octaves: int
+    transformer: TransformerConfig
+
+    def __post_init__(self) -> None:
+        if self.name == "decision_transformer" and self.chain.trajectories != 1:
+            raise ValueError(
+                f"a decision transformer reads one trajectory, got agent.chain.trajectories="
+                f"{self.chain.trajectories}; set it to 1 or use agent=agentic_transformer"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BehaviourCloningAgentConfig:
+    """An agent that imitates good data step by step; with best_fraction 0.1 it is the literature's BC-10%.
+
+    Attributes:
+        name: "behaviour_cloning".
+        best_fraction: The part of the data, best by return, that it imitates.
+        chain: How trajectories are drawn; chains of one.
+        hidden_widths: Hidden layers of its perceptron.
+    """
+
+    name: Literal["behaviour_cloning"]
+    best_fraction: float
+    chain: ChainConfig
+    hidden_widths: tuple[int, ...]
+
+
+AgentConfig = SequenceAgentConfig | BehaviourCloningAgentConfig
+
+
+def training_episodes(config: AgentConfig, episodes: EpisodeSet) -> EpisodeSet:
+    """What this agent learns from."""
+    return episodes if config.best_fraction == 1 else select_best_fraction(episodes, config.best_fraction)
+
+
+def model_config(config: AgentConfig, episodes: EpisodeSet) -> ModelConfig:
+    """The model for `episodes`, the whole data set: agents on one data set share their normalisation."""
+    normalisation = normalisation_of(episodes)
+    if isinstance(config, BehaviourCloningAgentConfig):
+        return BehaviourCloningConfig(
+            name="behaviour_cloning",
+            hidden_widths=config.hidden_widths,
+            observation_dim=episodes.observation_dim,
+            action_dim=episodes.action_dim,
+            normalisation=normalisation,
+        )
+    return SequenceModelConfig(
+        name="sequence",
+        token_layout=config.token_layout,
+        previous_step_in_token=config.previous_step_in_token,
+        return_octaves=config.return_octaves,
+        time_octaves=config.time_octaves,
+        trajectories=config.chain.trajectories,
+        episode_steps=max(each.length for each in episodes.trajectories),
+        observation_dim=episodes.observation_dim,
+        action_dim=episodes.action_dim,
+        normalisation=normalisation,
+        transformer=config.transformer,
+    )
