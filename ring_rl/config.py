@@ -98,15 +98,16 @@ def describe_differences(
 def exit_on_bad_input() -> Iterator[None]:
     """For entry scripts: an expected error becomes one line on stderr and exit status 1.
 
-    ValueError, OSError (missing or existing files, a full disk) and ImportError print `error: <message>`;
-    Ctrl-C prints `interrupted` and exits with 130. `RING_RL_TRACEBACK=1` shows the full traceback as well.
+    ValueError, OSError (missing or existing files, a full disk) and ImportError print `error: <message>`.
+    Ctrl-C prints `interrupted`, and what the exception says, and exits with 130. `RING_RL_TRACEBACK=1` shows
+    the full traceback as well.
     Under Hydra it belongs inside the decorated function, because Hydra catches what leaves it.
     """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _print_traceback_if_asked()
-        print("interrupted", file=sys.stderr)
+        print(": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, OSError, ImportError) as error:
         _print_traceback_if_asked()

@@ -227,6 +227,9 @@ def test_interrupt_exits_with_130(capsys):
         raise KeyboardInterrupt
     assert exit_info.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(SystemExit), exit_on_bad_input():
+        raise KeyboardInterrupt("step 5 is saved")
+    assert capsys.readouterr().err == "interrupted: step 5 is saved\n"
 
 
 def test_importing_config_loads_neither_jax_nor_omegaconf():
