@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import logging
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -85,8 +86,8 @@ class Checkpointer:
             raise ValueError(f"at least 1 checkpoint must be kept, got {keep}")
         self.folder = pathlib.Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._model_config = dict(model_config)
-        self._extra = dict(extra or {})
+        self._model_config = _through_json(model_config, "model_config")
+        self._extra = _through_json(extra or {}, "extra")
         for logger in ("absl", "asyncio"):
             logging.getLogger(logger).addFilter(_is_not_about_space)
         self._manager = ocp.CheckpointManager(
@@ -249,6 +250,14 @@ def load_for_evaluation(
             checkpoint, args=ocp.args.Composite(parameters=ocp.args.PyTreeRestore(restore_args=as_numpy))
         )
     return metadata, with_integer_keys(restored["parameters"])
+
+
+def _through_json(mapping: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The mapping as a checkpoint will give it back: a tuple must not differ from the list it becomes."""
+    try:
+        return json.loads(json.dumps(dict(mapping)))
+    except TypeError as error:
+        raise ValueError(f"a checkpoint's {what} must be plain JSON: {error}; use to_mapping") from None
 
 
 def _items(state: TrainState) -> dict[str, dict[str, Any]]:

@@ -137,6 +137,28 @@ def test_another_model_is_refused_key_by_key(tmp_path):
         checkpointer.restore_latest(make_state(sp=1))
 
 
+def test_what_a_killed_process_left_is_ignored_and_cleared(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(at_step(make_state(sp=1), 3))
+    half_written = tmp_path / "9.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "3", half_written)
+    assert load_for_evaluation(tmp_path)[0].step == 3
+    assert half_written.exists(), "reading changed the folder"
+    with open_checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.latest_step() == 3
+        checkpointer.save(at_step(make_state(sp=1), 4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+
+
+def test_a_tuple_is_the_list_that_it_becomes(tmp_path):
+    config = {**MODEL_CONFIG, "axes": ("dp", "sp")}
+    with open_checkpointer(tmp_path, model_config=config) as checkpointer:
+        checkpointer.save(make_state(sp=1))
+        assert checkpointer.restore_latest(make_state(sp=1))[1].model_config["axes"] == ["dp", "sp"]
+    with pytest.raises(ValueError, match="model_config must be plain JSON"):
+        open_checkpointer(tmp_path, model_config={"dtype": jnp.float32})
+
+
 def test_other_shapes_and_another_optimizer_are_refused_by_name(tmp_path):
     with open_checkpointer(tmp_path) as checkpointer:
         checkpointer.save(make_state(sp=1))
@@ -299,6 +321,8 @@ def check_disk_full_error(error: OSError, folder: pathlib.Path, last: int, capfd
     assert "Traceback" not in capfd.readouterr().err
 
 
+# Orbax's writer threads outlive the event loop of the save that failed, and say so to no one who listens.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_leaves_the_earlier_checkpoints_intact(tmp_path, capfd):
     with small_disk(tmp_path / "disk", "3m"):
         folder = tmp_path / "disk" / "checkpoints"
