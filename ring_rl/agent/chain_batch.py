@@ -129,9 +129,26 @@ def chain_arrays(
     return padded._replace(positions=np.arange(steps, dtype=np.int32))
 
 
-def _trajectory_arrays(
-    trajectory: Trajectory, *, index: int, target_return: float, loss_weight: float
-) -> ChainBatch:
+def empty_batch(*, batch_size: int, steps: int, observation_dim: int, action_dim: int) -> ChainBatch:
+    """A batch of the right shapes and dtypes that holds nothing: weights of zero."""
+    real = lambda *shape: np.zeros((batch_size, steps, *shape), np.float32)  # noqa: E731
+    count = np.zeros((batch_size, steps), np.int32)
+    return ChainBatch(
+        observations=real(observation_dim),
+        actions=real(action_dim),
+        rewards=real(),
+        returns_to_go=real(),
+        completions=real(),
+        previous_actions=real(action_dim),
+        previous_rewards=real(),
+        steps=count,
+        trajectory_indices=count,
+        positions=count,
+        loss_weights=real(),
+    )
+
+
+def _trajectory_arrays(trajectory: Trajectory, *, index: int, target_return: float, loss_weight: float) -> ChainBatch:
     L = trajectory.length
     rewards = trajectory.rewards
     collected = np.cumsum(rewards, dtype=np.float64)

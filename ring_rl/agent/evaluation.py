@@ -90,8 +90,7 @@ class Result:
         if len(self.rollouts) == 1:
             return score(self.rollouts[0].returns)
         by_seed = [
-            [each.returns.mean(), each.returns[:, -1].mean(), each.returns.max(axis=1).mean()]
-            for each in self.rollouts
+            [each.returns.mean(), each.returns[:, -1].mean(), each.returns.max(axis=1).mean()] for each in self.rollouts
         ]
         return Scores(*(estimate(column) for column in np.array(by_seed).T))
 
@@ -134,9 +133,7 @@ def check_comparable(agents: Sequence[TrainedAgent]) -> None:
                     "evaluate agents of one task and one data set together"
                 )
         if not np.array_equal(other.data_returns, first.data_returns):
-            raise ValueError(
-                f"{other.label} and {first.label} were trained on different data; evaluate them apart"
-            )
+            raise ValueError(f"{other.label} and {first.label} were trained on different data; evaluate them apart")
 
 
 def evaluate(
@@ -168,9 +165,7 @@ def write_returns(results: Sequence[Result], protocol: ProtocolConfig, path: Pat
     for result in results:
         for training_seed, rollouts in zip(result.seeds, result.rollouts, strict=True):
             for (row, episode), value in np.ndenumerate(rollouts.returns):
-                writer.writerow(
-                    [result.label, training_seed, row, episode, seeds[row, episode], f"{value:.6g}"]
-                )
+                writer.writerow([result.label, training_seed, row, episode, seeds[row, episode], f"{value:.6g}"])
     with atomic_file(path, overwrite=True) as temporary:
         temporary.write_text(text.getvalue())
 
@@ -180,9 +175,7 @@ def table_rows(results: Sequence[Result], data_returns: Float64[np.ndarray, " E"
     rows = [["agent", "mean of episodes", "last episode", "best episode", "seeds"]]
     for result in results:
         scores = result.scores
-        rows.append(
-            [result.label, str(scores.mean), str(scores.last), str(scores.best), str(scores.mean.seeds)]
-        )
+        rows.append([result.label, str(scores.mean), str(scores.last), str(scores.best), str(scores.mean.seeds)])
     mean, p75, best = data_returns.mean(), np.quantile(data_returns, 0.75), data_returns.max()
     rows.append([f"data ({len(data_returns)} episodes)", f"{mean:.0f}", "", f"{best:.0f}", ""])
     rows.append(["data, 75th percentile", f"{p75:.0f}", "", "", ""])

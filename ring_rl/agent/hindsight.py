@@ -41,9 +41,7 @@ class ChainConfig:
             raise ValueError(f"chain.trajectories must be at least 1, got {self.trajectories}")
 
 
-def sampling_probabilities(
-    returns: Float64[np.ndarray, " E"], config: ChainConfig
-) -> Float64[np.ndarray, " E"]:
+def sampling_probabilities(returns: Float64[np.ndarray, " E"], config: ChainConfig) -> Float64[np.ndarray, " E"]:
     """How likely each episode is to be drawn into a chain; sums to 1."""
     count = len(returns)
     if config.sampling == "uniform":

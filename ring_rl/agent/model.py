@@ -102,9 +102,7 @@ class AgenticTransformer(nnx.Module):
         """A memory of nothing, with room for `context_trajectories` episodes."""
         config = self.config
         steps = config.trajectories * config.episode_steps
-        return self.transformer.empty_cache(
-            batch=batch, capacity=steps * tokens_per_step(config.token_layout)
-        )
+        return self.transformer.empty_cache(batch=batch, capacity=steps * tokens_per_step(config.token_layout))
 
     def act(self, memory: KVCache, now: ChainBatch) -> tuple[Float[Array, "B A"], KVCache]:
         """The action of one step, T = 1; of `now` only what is known before acting is read."""
@@ -146,9 +144,7 @@ class BehaviourCloning(nnx.Module):
     def __init__(self, config: BehaviourCloningConfig, *, rngs: nnx.Rngs):
         self.config = config
         widths = (config.observation_dim, *config.hidden_widths)
-        self.hidden = nnx.List(
-            [nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.hidden = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)])
         self.action_head = nnx.Linear(widths[-1], config.action_dim, rngs=rngs)
 
     def __call__(self, batch: ChainBatch, parallel: SequenceParallel) -> Float[Array, "B T A"]:

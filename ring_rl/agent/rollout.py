@@ -122,9 +122,7 @@ def _run_episode(
                 completions=completions[:, None].astype(np.float32),
             )
         )
-        for name, value in zip(
-            log, (observations, actions, rewards, info["discount"], info["physics"]), strict=True
-        ):
+        for name, value in zip(log, (observations, actions, rewards, info["discount"], info["physics"]), strict=True):
             log[name].append(value)
         previous_actions, previous_rewards = actions, rewards
         step += 1
@@ -135,9 +133,7 @@ def _run_episode(
         )
     arrays = {name: np.stack(values, axis=1) for name, values in log.items()}
     dtypes = {name: np.float64 if name == "physics" else np.float32 for name in arrays}
-    return [
-        Trajectory(**{name: arrays[name][row].astype(dtypes[name]) for name in arrays}) for row in range(rows)
-    ]
+    return [Trajectory(**{name: arrays[name][row].astype(dtypes[name]) for name in arrays}) for row in range(rows)]
 
 
 def _column(

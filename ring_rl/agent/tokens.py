@@ -112,9 +112,7 @@ class TokenEmbedding(nnx.Module):
     def before_action(self, batch: ChainBatch) -> Float[Array, "B T n M"]:
         """The tokens of each step from which its action is predicted."""
         return_token = self.return_to_go(
-            fourier_features(
-                batch.returns_to_go / self.normalisation.return_scale, octaves=self.return_octaves
-            )
+            fourier_features(batch.returns_to_go / self.normalisation.return_scale, octaves=self.return_octaves)
         )
         state_token = self.observation(self.normalisation.observations(batch.observations))
         if self.layout == "fused":

@@ -22,9 +22,7 @@ FULL = Mask(causal=False)
 CAUSAL = Mask(causal=True)
 
 
-def visible(
-    mask: Mask, query_positions: Int[Array, " T"], key_positions: Int[Array, " S"]
-) -> Bool[Array, "T S"]:
+def visible(mask: Mask, query_positions: Int[Array, " T"], key_positions: Int[Array, " S"]) -> Bool[Array, "T S"]:
     """The dense mask: entry (t, s) is true where query t sees key s. O(T S) memory; for references and tests."""
     if mask.causal:
         return query_positions[:, None] >= key_positions[None, :]

@@ -33,9 +33,7 @@ def test_block_equals_reference(seed, T, S, heads, block_size, causal):
     S = T if causal else S
     q, k, v, d_out = draw(seed, T, S, *heads)
     mask = CAUSAL if causal else FULL
-    (out, lse), pull_back = jax.vjp(
-        lambda q, k, v: reference_attention(q, k, v, mask=mask, scale=0.3), q, k, v
-    )
+    (out, lse), pull_back = jax.vjp(lambda q, k, v: reference_attention(q, k, v, mask=mask, scale=0.3), q, k, v)
     block = XlaBlock(block_size=block_size)
     got_out, got_lse = jax.jit(partial(block.forward, causal=causal, scale=0.3))(q, k, v)
     np.testing.assert_allclose(got_out, out, atol=1e-5)

@@ -12,16 +12,11 @@ def blocks(seed, count, scale):
     generator = np.random.default_rng(seed)
     q = jnp.asarray(scale * generator.normal(size=(1, 3, 2, 4)), jnp.float32)
     k, v = (jnp.asarray(generator.normal(size=(1, 5 * count, 2, 4)), jnp.float32) for _ in range(2))
-    pieces = [
-        reference_attention(q, k[:, 5 * i : 5 * i + 5], v[:, 5 * i : 5 * i + 5], mask=FULL)
-        for i in range(count)
-    ]
+    pieces = [reference_attention(q, k[:, 5 * i : 5 * i + 5], v[:, 5 * i : 5 * i + 5], mask=FULL) for i in range(count)]
     return pieces, reference_attention(q, k, v, mask=FULL)
 
 
-@given(
-    seed=st.integers(0, 1000), count=st.integers(1, 6), scale=st.sampled_from([1.0, 100.0]), data=st.data()
-)
+@given(seed=st.integers(0, 1000), count=st.integers(1, 6), scale=st.sampled_from([1.0, 100.0]), data=st.data())
 def test_merging_blocks_in_any_order_gives_the_whole(seed, count, scale, data):
     pieces, (out, log_sum_exp) = blocks(seed, count, scale)
     first, *rest = data.draw(st.permutations(pieces))

@@ -166,9 +166,7 @@ def test_no_future_leaks_through_gradients():
     """The output at a position does not depend on any later key, value or query."""
     (q, k, v), _ = random_inputs(4)
     order = permutation(T, ring_size=4, layout="zigzag")
-    attend = sharded(
-        partial(ring_attention_with_log_sum_exp, axis_name="sp", mask=CAUSAL, layout="zigzag"), 4
-    )
+    attend = sharded(partial(ring_attention_with_log_sum_exp, axis_name="sp", mask=CAUSAL, layout="zigzag"), 4)
 
     def early_outputs(q, k, v):
         out = attend(q[:, order], k[:, order], v[:, order])[0][:, np.argsort(order)]
@@ -257,9 +255,7 @@ def test_no_hop_too_many(ring_size):
     """k and v make n - 1 hops in forward; in backward as many again, and dk and dv n - 1."""
     T = 2 * ring_size * 2
     inputs, cotangents = random_inputs(8, B=1, T=T, D=4)
-    attend = sharded(
-        partial(ring_attention_with_log_sum_exp, axis_name="sp", mask=CAUSAL, layout="zigzag"), ring_size
-    )
+    attend = sharded(partial(ring_attention_with_log_sum_exp, axis_name="sp", mask=CAUSAL, layout="zigzag"), ring_size)
     forward = jax.make_jaxpr(attend)(*inputs)
     both = jax.make_jaxpr(partial(results, attend))(inputs, cotangents)
     assert permutes_executed(forward.jaxpr) == 2 * (ring_size - 1)
@@ -285,9 +281,7 @@ def test_scanned_layers_keep_no_masks():
     """Memory of a scan over layers is linear in tokens: masks are not hoisted out and stored for every tile."""
 
     def temporary_bytes(tokens, layers):
-        x = jax.ShapeDtypeStruct(
-            (1, tokens, 2, 8), jnp.float32, sharding=NamedSharding(ring_mesh(4), P(None, "sp"))
-        )
+        x = jax.ShapeDtypeStruct((1, tokens, 2, 8), jnp.float32, sharding=NamedSharding(ring_mesh(4), P(None, "sp")))
         attend = jax.shard_map(
             partial(ring_attention, axis_name="sp", mask=CAUSAL, layout="zigzag", block_size=64),
             mesh=ring_mesh(4),

@@ -153,9 +153,7 @@ def _ring_attention(ring: _Ring, q: Array, k: Array, v: Array) -> tuple[Array, A
 def _forward(ring: _Ring, q: Array, k: Array, v: Array):
     def hop(state: Partial, k: Array, v: Array, t: Array | int) -> Partial:
         earlier = ring.sender_is_earlier(t)
-        return ring.forward_hop(
-            state, q, k, v, earlier=earlier, local=ring.local, scale=ring.scale, merge=merge
-        )
+        return ring.forward_hop(state, q, k, v, earlier=earlier, local=ring.local, scale=ring.scale, merge=merge)
 
     def own_block() -> Partial:
         # Both layouts hold their tokens in ascending order, so the own block is plain causal attention.
@@ -184,9 +182,9 @@ def _forward(ring: _Ring, q: Array, k: Array, v: Array):
 def _backward(ring: _Ring, saved, cotangents):
     q, k, v, out, log_sum_exp = saved
     d_out, d_log_sum_exp = cotangents
-    delta_BHT = jnp.einsum(
-        "bthd,bthd->bht", out.astype(jnp.float32), d_out.astype(jnp.float32)
-    ) - d_log_sum_exp.astype(jnp.float32)
+    delta_BHT = jnp.einsum("bthd,bthd->bht", out.astype(jnp.float32), d_out.astype(jnp.float32)) - d_log_sum_exp.astype(
+        jnp.float32
+    )
     # A row that saw nothing has no weights to differentiate: exp(s - inf) = 0 says so without a branch.
     log_sum_exp = jnp.where(log_sum_exp > -jnp.inf, log_sum_exp, jnp.inf)
     queries = hops.Queries(q, out, log_sum_exp, d_out, delta_BHT)
@@ -255,9 +253,7 @@ def _add(left, right) -> tuple[Array, ...]:
 
 def _check_shapes(q: Array, k: Array, v: Array) -> None:
     if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(
-            f"q, k, v must be [batch, tokens, heads, head_dim], got {q.shape}, {k.shape}, {v.shape}"
-        )
+        raise ValueError(f"q, k, v must be [batch, tokens, heads, head_dim], got {q.shape}, {k.shape}, {v.shape}")
     if k.shape != v.shape:
         raise ValueError(f"k and v must have one shape, got {k.shape} and {v.shape}")
     if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):

@@ -1,0 +1,51 @@
+# make demo   set up, then: collect data, train three agents, evaluate them, print a table
+# make test   set up, then run the tests
+# make check  lint, format, types, import contracts
+# Everything goes into .venv; nothing else on the machine is touched.
+
+# The newest Python that every dependency has wheels for comes first; any from 3.11 on will do.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
+BIN := .venv/bin
+
+.PHONY: demo test check format setup constraints memory clean
+
+demo: setup
+	$(BIN)/python experiments/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Compiled memory a device at 64K tokens for rings of 1, 2, 4 and 8.
+memory: setup
+	$(BIN)/python experiments/memory_by_ring_size.py
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; install one or set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "setting up .venv with $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# uv installs in seconds what takes pip minutes; pip serves where uv can't be had.
+	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5' 2>/dev/null; \
+	then $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[simulator,development]'; \
+	else $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[simulator,development]'; fi
+	@touch .venv/ready
+
+# Exact versions for every supported Python, from pyproject.toml.
+constraints: setup
+	$(BIN)/uv pip compile pyproject.toml --extra simulator --extra development --universal --python-version 3.11 \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --upgrade --quiet --output-file constraints.txt
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

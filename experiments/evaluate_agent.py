@@ -1,0 +1,171 @@
+"""Compares trained agents in dm_control; conf/evaluate_agent.yaml documents every key."""
+
+import dataclasses
+import json
+import platform
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import hydra
+import jax
+import numpy as np
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ring_rl.agent.atomic_file import atomic_file
+from ring_rl.agent.evaluation import (
+    ProtocolConfig,
+    Result,
+    TrainedAgent,
+    check_comparable,
+    evaluate,
+    load_agent,
+    markdown_table,
+    table_rows,
+    write_returns,
+)
+from ring_rl.agent.plots import plot_return_by_episode, plot_returns_in_data
+from ring_rl.agent.policy import Policy, UniformPolicy
+from ring_rl.agent.rollout import Rollouts
+from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
+from ring_rl.hydra_config import resolve
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateAgentConfig:
+    """Which runs are compared, how, and where the results go."""
+
+    runs: tuple[Path, ...]
+    output: Path
+    overwrite: bool
+    protocol: ProtocolConfig
+    cleared_context: bool
+    random_policy: bool
+    render: bool
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("no runs to evaluate; give runs=[path,...] of experiments/train_agent.py")
+
+
+def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[Result]:
+    """Every agent under the protocol, in one vector environment, with progress."""
+    from ring_rl.agent.environment import make_vector_environment
+
+    first = agents[0]
+    environments = make_vector_environment(first.task, count=config.protocol.rows, action_repeat=first.action_repeat)
+    action_dim = environments.single_action_space.shape[0]
+    plan: list[tuple[str, int, Policy, bool]] = []
+    for agent in agents:
+        plan.append((agent.label, agent.seed, agent.policy(), True))
+        if config.cleared_context and agent.policy().context_trajectories > 1:
+            plan.append((f"{agent.label}, context cleared", agent.seed, agent.policy(), False))
+    if config.random_policy:
+        policy = UniformPolicy(action_dim=action_dim, seed=config.protocol.seed)
+        plan.append(("uniformly random", config.protocol.seed, policy, True))
+
+    outcomes: dict[str, list[tuple[int, Rollouts]]] = defaultdict(list)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        bar = progress.add_task("evaluating", total=len(plan) * config.protocol.episodes)
+        for label, seed, policy, carry_context in plan:
+            progress.update(bar, description=f"evaluating {label}")
+            rollouts = evaluate(
+                policy,
+                environments,
+                config.protocol,
+                best_return=float(first.data_returns.max()),
+                carry_context=carry_context,
+                on_episode=lambda _: progress.advance(bar),
+            )
+            outcomes[label].append((seed, rollouts))
+    environments.close()
+    return [
+        Result(label, tuple(seed for seed, _ in runs), tuple(rollouts for _, rollouts in runs))
+        for label, runs in outcomes.items()
+    ]
+
+
+def evaluate_agents(config: EvaluateAgentConfig) -> None:
+    """Rolls out, prints a table, writes CSV, Markdown, JSON and pictures."""
+    if (config.output / "returns.csv").exists() and not config.overwrite:
+        raise FileExistsError(
+            f"{config.output} holds an evaluation already; choose another output or set overwrite=true"
+        )
+    agents = [load_agent(run) for run in config.runs]
+    check_comparable(agents)
+    config.output.mkdir(parents=True, exist_ok=True)
+    seconds = time.perf_counter()
+    results = rolled_out(config, agents)
+    seconds = time.perf_counter() - seconds
+
+    data_returns, task = agents[0].data_returns, agents[0].task
+    rows = table_rows(results, data_returns)
+    write_returns(results, config.protocol, config.output / "returns.csv")
+    scores = {result.label: dataclasses.asdict(result.scores) for result in results}
+    summary = {
+        "task": task,
+        "protocol": to_mapping(config.protocol),
+        "runs": [str(run) for run in config.runs],
+        "steps": [agent.step for agent in agents],
+        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
+        "jax": jax.__version__,
+        "seconds": round(seconds, 1),
+        "data": {"mean": data_returns.mean(), "p75": np.quantile(data_returns, 0.75), "best": data_returns.max()},
+        "scores": scores,
+    }
+    for name, text in (
+        ("summary.json", json.dumps(summary, indent=2) + "\n"),
+        ("table.md", markdown_table(rows)),
+    ):
+        with atomic_file(config.output / name, overwrite=True) as temporary:
+            temporary.write_text(text)
+    pictures = [config.output / "return_by_episode.png", config.output / "returns_in_data.png"]
+    plot_return_by_episode(results, data_returns, pictures[0], title=task)
+    plot_returns_in_data(results, data_returns, pictures[1], title=task)
+    if config.render:
+        pictures += contact_sheet(config, task, results[0])
+    show(rows, config.protocol, pictures)
+    figures = " ".join(
+        f"{label.replace(', ', '_').replace(' ', '_')}={value['mean']['mean']:.1f}" for label, value in scores.items()
+    )
+    p75, best = np.quantile(data_returns, 0.75), data_returns.max()
+    print(f"{figures} data_p75={p75:.1f} data_best={best:.1f} seconds={seconds:.1f}")
+
+
+def contact_sheet(config: EvaluateAgentConfig, task: str, result: Result) -> list[Path]:
+    """A strip of frames of the first agent's last episode, if this machine can draw one."""
+    from ring_rl.agent.rendering import render_contact_sheet
+
+    trajectory = result.rollouts[0].trajectories[0][-1]
+    path = config.output / "contact_sheet.png"
+    reason = render_contact_sheet(task, trajectory.physics, path)
+    if reason is not None:
+        print(f"no contact sheet: {reason}")
+        return []
+    return [path]
+
+
+def show(rows: list[list[str]], protocol: ProtocolConfig, pictures: list[Path]) -> None:
+    """Prints the table and names the pictures."""
+    table = Table(*rows[0], title=f"returns of {protocol.episodes} episodes in a row, mean [95% interval]")
+    for row in rows[1:]:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    for picture in pictures:
+        console.print(f"picture {picture}", soft_wrap=True, highlight=False)
+
+
+@hydra.main(config_path="../conf", config_name="evaluate_agent", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Turns the composed configuration into an evaluation."""
+    with exit_on_bad_input():
+        evaluate_agents(from_mapping(EvaluateAgentConfig, resolve(cfg)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Compiled memory a device against the ring size; conf/memory_by_ring_size.yaml documents every key."""
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import hydra
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from ring_rl.agent.agents import SequenceAgentConfig
+from ring_rl.agent.atomic_file import atomic_file
+from ring_rl.agent.chain_batch import empty_batch
+from ring_rl.agent.loss import make_action_loss
+from ring_rl.agent.model import SequenceModelConfig, make_model
+from ring_rl.agent.tokens import Normalisation, tokens_per_step
+from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
+from ring_rl.hydra_config import resolve
+from ring_rl.kernels.layout import Layout
+from ring_rl.nn.parallel import SequenceParallel
+from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh, request_virtual_devices
+from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
+from ring_rl.training.state import create_state
+from ring_rl.training.step import compile_step, compiled_report, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What is compiled, for which rings."""
+
+    steps: int
+    ring_sizes: tuple[int, ...]
+    layout: Layout
+    observation_dim: int
+    action_dim: int
+    output: Path
+    agent: SequenceAgentConfig
+
+
+def compiled_memory(config: MemoryConfig, ring_size: int) -> dict[str, int]:
+    """The report of the training step over `ring_size` devices, and the tokens it reads."""
+    mesh = make_mesh(MeshConfig(dp=1, sp=ring_size))
+    parallel = SequenceParallel(mesh=mesh, layout=config.layout)
+    agent = config.agent
+    model = SequenceModelConfig(
+        name="sequence",
+        token_layout=agent.token_layout,
+        previous_step_in_token=agent.previous_step_in_token,
+        return_octaves=agent.return_octaves,
+        time_octaves=agent.time_octaves,
+        trajectories=agent.chain.trajectories,
+        episode_steps=-(-config.steps // agent.chain.trajectories),
+        observation_dim=config.observation_dim,
+        action_dim=config.action_dim,
+        normalisation=Normalisation(
+            observation_mean=(0.0,) * config.observation_dim,
+            observation_scale=(1.0,) * config.observation_dim,
+            return_scale=1.0,
+        ),
+        transformer=agent.transformer,
+    )
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            name="adamw",
+            learning_rate=1e-3,
+            weight_decay=0.0,
+            beta1=0.9,
+            beta2=0.98,
+            warmup_steps=0,
+            schedule="constant",
+            final_learning_rate_fraction=1.0,
+            gradient_clip_norm=1.0,
+        ),
+        total_steps=1,
+    )
+    graphdef, state = create_state(lambda rngs: make_model(model, rngs), optimizer, seed=0, mesh=mesh)
+    batch = empty_batch(
+        batch_size=1, steps=config.steps, observation_dim=config.observation_dim, action_dim=config.action_dim
+    )
+    shapes = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        batch,
+        batch_sharding(mesh, batch),
+    )
+    step = make_train_step(make_action_loss(parallel), graphdef, optimizer, mesh, seed=0)
+    return {
+        "ring_size": ring_size,
+        "tokens": config.steps * tokens_per_step(agent.token_layout),
+        **compiled_report(compile_step(step, state, shapes)),
+    }
+
+
+def write_results(config: MemoryConfig, reports: list[dict[str, int]]) -> None:
+    """CSV, picture and the configuration, beside one another."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(reports[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(reports)
+    with atomic_file(config.output / "memory.csv", overwrite=True) as temporary:
+        temporary.write_text(text.getvalue())
+    sizes = np.array([report["ring_size"] for report in reports])
+    total = np.array([report["argument_bytes"] + report["temporary_bytes"] for report in reports]) / 2**20
+    figure = Figure(figsize=(5.6, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.loglog(sizes, total, marker="o", base=2, label="compiled training step")
+    axes.loglog(sizes, total[0] * sizes[0] / sizes, color="0.6", linestyle="--", base=2, label="in proportion")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel("ring size")
+    axes.set_ylabel("MiB a device")
+    axes.set_title(f"{reports[0]['tokens']:,} tokens")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_file(config.output / "memory.png", overwrite=True) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+def measure(config: MemoryConfig) -> None:
+    """Compiles for every ring size and reports."""
+    request_virtual_devices(max(config.ring_sizes))
+    console = Console()
+    with console.status("compiling") as status:
+        reports = []
+        for ring_size in config.ring_sizes:
+            status.update(f"compiling for a ring of {ring_size}")
+            reports.append(compiled_memory(config, ring_size))
+    write_results(config, reports)
+    table = Table("ring size", "tokens a device", "MiB a device", "of one device", "collective-permutes")
+    total = lambda report: report["argument_bytes"] + report["temporary_bytes"]  # noqa: E731
+    for report in reports:
+        share = total(report) / total(reports[0])
+        table.add_row(
+            str(report["ring_size"]),
+            f"{report['tokens'] // report['ring_size']:,}",
+            f"{total(report) / 2**20:.1f}",
+            f"1/{1 / share:.2f}",
+            str(report["collective_permutes"]),
+        )
+    console.print(table)
+    print(" ".join(f"mib_ring_{report['ring_size']}={total(report) / 2**20:.1f}" for report in reports))
+
+
+@hydra.main(config_path="../conf", config_name="memory_by_ring_size", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Turns the composed configuration into a measurement."""
+    with exit_on_bad_input():
+        config = from_mapping(MemoryConfig, resolve(cfg))
+        measure(config)
+        with atomic_file(config.output / "config.json", overwrite=True) as temporary:
+            temporary.write_text(json.dumps(to_mapping(config), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

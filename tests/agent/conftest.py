@@ -1,0 +1,66 @@
+"""Small made-up episodes and models for the tests of agents."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ring_rl.agent.exorl import EpisodeSet
+from ring_rl.agent.model import SequenceModelConfig
+from ring_rl.agent.tokens import Normalisation
+from ring_rl.agent.trajectory import Trajectory
+from ring_rl.nn.transformer import TransformerConfig
+
+OBSERVATION_DIM, ACTION_DIM = 3, 2
+
+
+def trajectory(generator, length, level=0.5):
+    return Trajectory(
+        observations=generator.normal(size=(length + 1, OBSERVATION_DIM)).astype(np.float32),
+        actions=generator.uniform(-1, 1, size=(length, ACTION_DIM)).astype(np.float32),
+        rewards=(level * generator.uniform(0, 1, size=length)).astype(np.float32),
+        discounts=np.ones(length, np.float32),
+        physics=None,
+    )
+
+
+def episode_set(count, *, length=10, seed=0):
+    generator = np.random.default_rng(seed)
+    return EpisodeSet(tuple(trajectory(generator, length, generator.uniform(0.1, 1)) for _ in range(count)))
+
+
+def sequence_config(token_layout="fused", *, trajectories=3, episode_steps=10, previous_step_in_token=True):
+    return SequenceModelConfig(
+        name="sequence",
+        token_layout=token_layout,
+        previous_step_in_token=previous_step_in_token,
+        return_octaves=2,
+        time_octaves=2,
+        trajectories=trajectories,
+        episode_steps=episode_steps,
+        observation_dim=OBSERVATION_DIM,
+        action_dim=ACTION_DIM,
+        normalisation=Normalisation(
+            observation_mean=(0.1,) * OBSERVATION_DIM,
+            observation_scale=(2.0,) * OBSERVATION_DIM,
+            return_scale=5.0,
+        ),
+        transformer=TransformerConfig(
+            layers=2,
+            width=16,
+            query_heads=4,
+            key_value_heads=2,
+            head_dim=4,
+            feed_forward_width=32,
+            feed_forward_chunks=1,
+            rotary_base=100.0,
+            attention_block_size=16,
+            saved_activations="all",
+        ),
+    )
+
+
+@pytest.fixture
+def chains():
+    """Makers of small made-up episodes and models."""
+    return SimpleNamespace(trajectory=trajectory, episode_set=episode_set, sequence_config=sequence_config)

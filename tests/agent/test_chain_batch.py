@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from ring_rl.agent.chain_batch import BatchLayout, ChainBatch, ChainSampler, chain_arrays, empty_batch
+from ring_rl.agent.hindsight import ChainConfig
+from ring_rl.kernels.layout import permutation
+
+
+def sampler(episodes, *, ring_size=1, layout="zigzag", pad_to_ring=True, trajectories=3, loss_on="all", seed=0):
+    chain = ChainConfig(
+        trajectories=trajectories, random_length=False, sampling="uniform", rank_temperature=0.0, loss_on=loss_on
+    )
+    batch = BatchLayout(batch_size=2, ring_size=ring_size, layout=layout, pad_to_ring=pad_to_ring)
+    return ChainSampler(episodes, chain, batch, seed=seed)
+
+
+def test_a_chain_by_hand(chains):
+    generator = np.random.default_rng(0)
+    worse, better = chains.trajectory(generator, 3, 0.1), chains.trajectory(generator, 2, 1.0)
+    chain = chain_arrays([worse, better], steps=7, loss_on_best=False)
+    target = better.episode_return
+    first = target - np.array([0, worse.rewards[0], worse.rewards[:2].sum()])
+    second = target - np.array([0, better.rewards[0]])
+    np.testing.assert_allclose(chain.returns_to_go, [*first, *second, 0, 0], rtol=1e-6)
+    assert chain.completions.tolist() == [0, 0, 0, 0, 1, 0, 0]
+    assert chain.steps.tolist() == [0, 1, 2, 0, 1, 0, 0]
+    assert chain.trajectory_indices.tolist() == [0, 0, 0, 1, 1, 0, 0]
+    assert chain.positions.tolist() == list(range(7))
+    assert chain.loss_weights.tolist() == [1, 1, 1, 1, 1, 0, 0]
+    # The previous trajectory's last action and reward are not carried into the next one.
+    np.testing.assert_array_equal(chain.previous_rewards[:5], [0, *worse.rewards[:2], 0, better.rewards[0]])
+    np.testing.assert_array_equal(chain.previous_actions[3], 0)
+    np.testing.assert_array_equal(chain.observations[3], better.observations[0])
+    np.testing.assert_array_equal(chain.actions[:3], worse.actions)
+
+
+def test_loss_on_the_best_only(chains):
+    generator = np.random.default_rng(0)
+    parts = [chains.trajectory(generator, 2, level) for level in (0.1, 1.0)]
+    assert chain_arrays(parts, steps=4, loss_on_best=True).loss_weights.tolist() == [0, 0, 1, 1]
+
+
+def test_a_single_trajectory_has_its_own_return_as_target(chains):
+    trajectory = chains.trajectory(np.random.default_rng(0), 4)
+    chain = chain_arrays([trajectory], steps=4, loss_on_best=False)
+    assert chain.returns_to_go[0] == pytest.approx(trajectory.episode_return)
+    assert chain.returns_to_go[3] == pytest.approx(trajectory.rewards[3], abs=1e-5)
+    assert chain.completions.tolist() == [0, 0, 0, 1]
+
+
+def test_a_missed_target_is_not_completed(chains):
+    trajectory = chains.trajectory(np.random.default_rng(0), 4)
+    missed = chain_arrays([trajectory], steps=4, loss_on_best=False, target_return=trajectory.episode_return + 1)
+    assert missed.completions.sum() == 0
+
+
+def test_batches_depend_on_seed_and_step_alone(chains):
+    episodes = chains.episode_set(8)
+    first, again = sampler(episodes), sampler(episodes)
+    first.batch_at(0)  # asking for other batches changes nothing
+    for a, b in zip(first.batch_at(5), again.batch_at(5), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(first.batch_at(5).actions, first.batch_at(6).actions)
+    assert not np.array_equal(first.batch_at(5).actions, sampler(episodes, seed=1).batch_at(5).actions)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_the_ring_gets_the_same_batch_permuted_and_padded(chains, layout):
+    episodes = chains.episode_set(8)  # 3 x 10 steps: a ring of 4 needs 32
+    whole = sampler(episodes).batch_at(3)
+    sharded = sampler(episodes, ring_size=4, layout=layout).batch_at(3)
+    order = permutation(32, ring_size=4, layout=layout)
+    for name, a, b in zip(ChainBatch._fields, whole, sharded, strict=True):
+        assert b.shape[1] == 32
+        natural = b[:, np.argsort(order)]
+        np.testing.assert_array_equal(natural[:, :30], a, err_msg=name)
+    np.testing.assert_array_equal(sharded.positions[0], order)
+    assert sharded.loss_weights.sum() == 60
+
+
+def test_without_padding_an_indivisible_chain_is_refused(chains):
+    with pytest.raises(ValueError, match=r"sequence length 30 .* pad to 32, or set batch.pad_to_ring=true"):
+        sampler(chains.episode_set(8), ring_size=4, pad_to_ring=False)
+
+
+def test_too_few_episodes_are_refused_before_training(chains):
+    with pytest.raises(ValueError, match="the data set has 2"):
+        sampler(chains.episode_set(2))
+
+
+def test_empty_batch_has_the_shapes_of_a_real_one(chains):
+    real = sampler(chains.episode_set(8)).batch_at(0)
+    empty = empty_batch(batch_size=2, steps=30, observation_dim=3, action_dim=2)
+    for a, b in zip(real, empty, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)

@@ -1,0 +1,175 @@
+import typing
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ring_rl.agent.chain_batch import BatchLayout, ChainBatch, ChainSampler, chain_arrays
+from ring_rl.agent.hindsight import ChainConfig
+from ring_rl.agent.loss import make_action_loss
+from ring_rl.agent.model import BehaviourCloningConfig, make_model
+from ring_rl.agent.tokens import Normalisation, TokenLayout, fourier_features, tokens_per_step
+from ring_rl.nn.parallel import SequenceParallel
+from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh
+from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
+from ring_rl.training.state import create_state
+from ring_rl.training.step import make_train_step
+
+LAYOUTS = typing.get_args(TokenLayout)
+
+
+def parallel(dp=1, sp=1):
+    return SequenceParallel(mesh=make_mesh(MeshConfig(dp=dp, sp=sp)), layout="zigzag")
+
+
+def one_chain(chains, config):
+    generator = np.random.default_rng(0)
+    parts = [chains.trajectory(generator, config.episode_steps) for _ in range(config.trajectories)]
+    parts.sort(key=lambda each: each.episode_return)
+    chain = chain_arrays(parts, steps=config.trajectories * config.episode_steps, loss_on_best=False)
+    return ChainBatch(*(x[None] for x in chain))
+
+
+def actions_of(config, batch):
+    model = make_model(config, nnx.Rngs(0))
+    graphdef, parameters = nnx.split(model)
+    whole = jax.jit(lambda parameters, batch: nnx.merge(graphdef, parameters)(batch, parallel()))
+    return model, partial(whole, jax.device_get(parameters))(batch)
+
+
+@pytest.mark.parametrize("token_layout", LAYOUTS)
+def test_acting_step_by_step_equals_the_whole_chain(chains, token_layout):
+    config = chains.sequence_config(token_layout)
+    batch = one_chain(chains, config)
+    model, expected = actions_of(config, batch)
+    act, observe = (
+        nnx.jit(lambda m, memory, now: m.act(memory, now)),
+        nnx.jit(lambda m, memory, now: m.observe(memory, now)),
+    )
+    memory = model.begin(batch=1)
+    for t in range(batch.steps.shape[1]):
+        now = ChainBatch(*(x[:, t : t + 1] for x in batch))
+        action, memory = act(model, memory, now)
+        np.testing.assert_allclose(action, expected[:, t], atol=1e-5, err_msg=f"step {t}")
+        memory = observe(model, memory, now)
+    assert int(memory.length) == memory.capacity
+
+
+@pytest.mark.parametrize("token_layout", LAYOUTS)
+def test_an_action_depends_on_nothing_after_it(chains, token_layout):
+    config = chains.sequence_config(token_layout)
+    batch, t = one_chain(chains, config), 17
+    model, _ = actions_of(config, batch)
+    inputs = batch._replace(**{
+        name: jnp.asarray(getattr(batch, name))
+        for name in ("observations", "actions", "rewards", "returns_to_go", "completions", "previous_actions")
+    })  # fmt: skip
+
+    def one_action(real):
+        return jnp.sum(model(inputs._replace(**real), parallel())[0, t])
+
+    names = ("observations", "actions", "rewards", "returns_to_go", "completions", "previous_actions")
+    gradients = jax.jit(jax.grad(one_action))({name: getattr(inputs, name) for name in names})
+    reach = {name: np.flatnonzero(np.abs(g[0].reshape(30, -1)).max(axis=1)) for name, g in gradients.items()}
+    assert reach["observations"].tolist() == list(range(t + 1))
+    assert reach["returns_to_go"].tolist() == list(range(t + 1))
+    if token_layout == "fused":
+        assert reach["previous_actions"].max() == t
+        assert len(reach["actions"]) == 0
+    else:
+        # The action of step t is what is predicted: it must not be seen.
+        assert reach["actions"].tolist() == list(range(t))
+        assert reach["rewards"].tolist() == list(range(t))
+    if "completion" in token_layout:
+        assert reach["completions"].tolist() == list(range(t))
+
+
+def test_tokens_per_step_are_those_of_the_paper():
+    assert [tokens_per_step(layout) for layout in LAYOUTS] == [4, 5, 1]
+
+
+def test_fourier_features_by_hand():
+    got = fourier_features(jnp.array([0.5]), octaves=2)
+    np.testing.assert_allclose(got, [[0.5, 1.0, 0.0, 0.0, -1.0]], atol=1e-6)
+
+
+def test_normalisation_must_make_sense():
+    with pytest.raises(ValueError, match="observation_mean has 1 entries, observation_scale 2"):
+        Normalisation(observation_mean=(0.0,), observation_scale=(1.0, 1.0), return_scale=1.0)
+    with pytest.raises(ValueError, match="are all returns of the data zero"):
+        Normalisation(observation_mean=(), observation_scale=(), return_scale=0.0)
+
+
+def losses(chains, dp, sp, config, steps=20):
+    mesh = make_mesh(MeshConfig(dp=dp, sp=sp))
+    around = SequenceParallel(mesh=mesh, layout="zigzag")
+    sampler = ChainSampler(
+        chains.episode_set(12),
+        ChainConfig(trajectories=3, random_length=True, sampling="ranked", rank_temperature=2.0, loss_on="all"),
+        BatchLayout(batch_size=8, ring_size=sp, layout="zigzag", pad_to_ring=True),
+        seed=0,
+    )
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            name="adamw",
+            learning_rate=3e-3,
+            weight_decay=0.01,
+            beta1=0.9,
+            beta2=0.98,
+            warmup_steps=2,
+            schedule="cosine",
+            final_learning_rate_fraction=0.1,
+            gradient_clip_norm=1.0,
+        ),
+        total_steps=steps,
+    )
+    graphdef, state = create_state(lambda rngs: make_model(config, rngs), optimizer, seed=0, mesh=mesh)
+    step = make_train_step(make_action_loss(around), graphdef, optimizer, mesh, seed=0)
+    curve = []
+    for s in range(steps):
+        batch = sampler.batch_at(s)
+        state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh, batch)))
+        curve.append(float(metrics["loss"]))
+    return curve
+
+
+@pytest.mark.parametrize("token_layout", ["fused", "return_state_action_reward"])
+def test_the_loss_curve_is_the_same_on_every_mesh(chains, token_layout):
+    config = chains.sequence_config(token_layout)
+    expected = losses(chains, 1, 1, config)
+    assert expected[-1] < expected[0]
+    for dp, sp in ((1, 8), (2, 4), (8, 1)):
+        np.testing.assert_allclose(losses(chains, dp, sp, config), expected, rtol=1e-4, err_msg=f"{dp}x{sp}")
+
+
+def test_padding_does_not_enter_the_loss(chains):
+    config = chains.sequence_config()
+    batch = one_chain(chains, config)
+    model = make_model(config, nnx.Rngs(0))
+    loss = make_action_loss(parallel())
+    short = loss(model, batch, jax.random.key(0))
+    padded = ChainBatch(*(np.pad(x, [(0, 0), (0, 6)] + [(0, 0)] * (x.ndim - 2), constant_values=3) for x in batch))
+    padded.loss_weights[:, 30:] = 0
+    trajectory_indices = np.minimum(padded.trajectory_indices, 2)
+    long = loss(model, padded._replace(trajectory_indices=trajectory_indices), jax.random.key(0))
+    np.testing.assert_allclose(long.total, short.total, rtol=1e-5)
+    assert float(long.weight) == float(short.weight) == 30
+
+
+def test_behaviour_cloning_sees_only_the_present(chains):
+    config = BehaviourCloningConfig(
+        name="behaviour_cloning",
+        hidden_widths=(8,),
+        observation_dim=3,
+        action_dim=2,
+        normalisation=chains.sequence_config().normalisation,
+    )
+    batch = one_chain(chains, chains.sequence_config())
+    model, expected = actions_of(config, batch)
+    changed = batch._replace(returns_to_go=batch.returns_to_go + 7, actions=-batch.actions)
+    np.testing.assert_array_equal(actions_of(config, changed)[1], expected)
+    now = ChainBatch(*(x[:, 4:5] for x in batch))
+    np.testing.assert_allclose(model.act(model.begin(batch=1), now)[0], expected[:, 4], atol=1e-6)
