@@ -57,14 +57,13 @@ def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[
 
     first = agents[0]
     environments = make_vector_environment(first.task, count=config.protocol.rows, action_repeat=first.action_repeat)
-    action_dim = environments.single_action_space.shape[0]
     plan: list[tuple[str, int, Policy, bool]] = []
     for agent in agents:
         plan.append((agent.label, agent.seed, agent.policy(), True))
         if config.cleared_context and agent.policy().context_trajectories > 1:
             plan.append((f"{agent.label}, context cleared", agent.seed, agent.policy(), False))
     if config.random_policy:
-        policy = UniformPolicy(action_dim=action_dim, seed=config.protocol.seed)
+        policy = UniformPolicy(action_dim=first.model_config.action_dim, seed=config.protocol.seed)
         plan.append(("uniformly random", config.protocol.seed, policy, True))
 
     outcomes: dict[str, list[tuple[int, Rollouts]]] = defaultdict(list)
@@ -141,12 +140,21 @@ def contact_sheet(config: EvaluateAgentConfig, task: str, result: Result) -> lis
     from ring_rl.agent.rendering import render_contact_sheet
 
     trajectory = result.rollouts[0].trajectories[0][-1]
-    path = config.output / "contact_sheet.png"
-    reason = render_contact_sheet(task, trajectory.physics, path)
-    if reason is not None:
-        print(f"no contact sheet: {reason}")
+    if trajectory.physics is None:
         return []
-    return [path]
+    drawn = render_contact_sheet(
+        task,
+        trajectory.physics,
+        config.output / "contact_sheet.png",
+        frames=24,
+        columns=8,
+        frame_size=(120, 120),
+        overwrite=True,
+    )
+    if drawn.path is None:
+        print(f"no contact sheet: {drawn.reason}")
+        return []
+    return [drawn.path]
 
 
 def show(rows: list[list[str]], protocol: ProtocolConfig, pictures: list[Path]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,9 +10,10 @@ from ring_rl.agent.exorl import EpisodeSet
 from ring_rl.agent.hindsight import ChainConfig, sample_chain
 from ring_rl.agent.trajectory import Trajectory
 from ring_rl.kernels.layout import Layout, check_length, padded_length, to_layout
-from ring_rl.typing import Array, Float32, Int32
+from ring_rl.typing import Float32, Int32
 
-_AnyArray = np.ndarray | Array
+# numpy's where a batch is made, jax's where it is read.
+_AnyArray = Any
 
 
 class ChainBatch(NamedTuple):

@@ -10,6 +10,7 @@ Every agent is a module with three views of one function:
 """
 
 import dataclasses
+import itertools
 from typing import Any, Literal
 
 import jax
@@ -144,7 +145,7 @@ class BehaviourCloning(nnx.Module):
     def __init__(self, config: BehaviourCloningConfig, *, rngs: nnx.Rngs):
         self.config = config
         widths = (config.observation_dim, *config.hidden_widths)
-        self.hidden = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(widths[:-1], widths[1:], strict=True)])
+        self.hidden = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
         self.action_head = nnx.Linear(widths[-1], config.action_dim, rngs=rngs)
 
     def __call__(self, batch: ChainBatch, parallel: SequenceParallel) -> Float[Array, "B T A"]:

@@ -55,7 +55,7 @@ def plot_returns_in_data(
     _mark_data(axes.axvline, data_returns)
     axes.set_xlabel("return of an episode")
     axes.set_ylabel("episodes of the data")
-    axes.set_ylim(0, 1.05 * counts.max())
+    axes.set_ylim(0, 1.05 * np.max(counts))
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     _save(figure, path)

@@ -51,12 +51,13 @@ class ModelPolicy:
             return nnx.merge(graphdef, parameters).begin(batch=rows)
 
         def act(parameters: PyTree, memory: Memory, now: ChainBatch) -> tuple[Array, Memory]:
-            return nnx.merge(graphdef, parameters).act(memory, now)
+            model: Any = nnx.merge(graphdef, parameters)
+            return model.act(memory, now)
 
         def observe_and_act(
             parameters: PyTree, memory: Memory, past: ChainBatch, now: ChainBatch
         ) -> tuple[Array, Memory]:
-            model = nnx.merge(graphdef, parameters)
+            model: Any = nnx.merge(graphdef, parameters)
             return model.act(model.observe(memory, past), now)
 
         self._begin = jax.jit(begin, static_argnums=1)

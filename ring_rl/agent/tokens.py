@@ -94,7 +94,8 @@ class TokenEmbedding(nnx.Module):
         width: int,
         rngs: nnx.Rngs,
     ):
-        self.layout, self.normalisation = layout, normalisation
+        self.layout: TokenLayout = layout
+        self.normalisation = normalisation
         self.episode_steps = episode_steps
         self.return_octaves, self.time_octaves = return_octaves, time_octaves
         linear = lambda inputs: nnx.Linear(inputs, width, rngs=rngs)  # noqa: E731

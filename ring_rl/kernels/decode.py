@@ -1,5 +1,7 @@
 """New tokens against a cache of keys and values."""
 
+import math
+
 import jax.numpy as jnp
 
 from ring_rl.kernels.accumulate import float32_einsum
@@ -22,7 +24,7 @@ def decode_attention(
     """
     B, T, H, D = q.shape
     S, K = k_cache.shape[1:3]
-    scale = D**-0.5 if scale is None else scale
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
     q_BTKGD = q.reshape(B, T, K, H // K, D)
     logits_BKGTS = scale * float32_einsum("btkgd,bskd->bkgts", q_BTKGD, k_cache)
     seen_TS = jnp.arange(S)[None, :] <= length + jnp.arange(T)[:, None]

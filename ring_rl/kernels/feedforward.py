@@ -16,7 +16,8 @@ def blockwise_feedforward(
 ) -> Float[Array, "B T M"]:
     """`function`, which acts on every token alone, applied in `chunks` steps.
 
-    With more than one step, backward recomputes each: only B T F / chunks hidden activations exist at a time, in either pass, at the price of one more forward.
+    With more than one step, backward recomputes each: only B T F / chunks hidden activations exist at a time, in
+    either pass, at the price of one more forward.
 
     A step takes every chunks-th token, not a contiguous stretch: with T sharded over a ring, tokens
     0, chunks, 2 chunks, ... lie on all devices alike, so each step keeps all of them busy and no token moves.

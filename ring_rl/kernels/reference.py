@@ -1,5 +1,7 @@
 """The specification: dense softmax attention, as short as the formula."""
 
+import math
+
 import jax.numpy as jnp
 
 from ring_rl.kernels.mask import Mask, visible
@@ -24,7 +26,7 @@ def reference_attention(
     """
     T, H, D = q.shape[1:]
     S, K = k.shape[1:3]
-    scale = D**-0.5 if scale is None else scale
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
     query_positions = jnp.arange(T) if query_positions is None else query_positions
     key_positions = jnp.arange(S) if key_positions is None else key_positions
     k_BSHD, v_BSHD = (jnp.repeat(x, H // K, axis=2) for x in (k, v))

@@ -80,10 +80,12 @@ class Block(nnx.Module):
         self.feed_forward_out = nnx.Linear(config.feed_forward_width, config.width, rngs=rngs)
 
     def __call__(self, x: Array, positions: Array, parallel: SequenceParallel) -> Array:
+        """The block over a whole, possibly sharded, sequence."""
         x = x + self.attention(self.attention_norm(x), positions, parallel)
         return x + blockwise_feedforward(self._feed_forward, x, chunks=self.feed_forward_chunks)
 
     def decode(self, x: Array, positions: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
+        """The block over new tokens, after everything in the cache."""
         attended, cache = self.attention.decode(self.attention_norm(x), positions, cache)
         x = x + attended
         return x + self._feed_forward(x), cache

@@ -29,7 +29,7 @@ def test_merging_blocks_in_any_order_gives_the_whole(seed, count, scale, data):
 
 
 def test_a_block_nobody_sees_changes_nothing_whatever_it_holds():
-    pieces, (out, log_sum_exp) = blocks(0, 1, 1.0)
+    _, (out, log_sum_exp) = blocks(0, 1, 1.0)
     unseen = where_seen(jnp.bool_(False), log_sum_exp)
     after = finish(merge(begin(out, log_sum_exp), 1e9 * out, unseen))
     np.testing.assert_array_equal(after[0], finish(begin(out, log_sum_exp))[0])

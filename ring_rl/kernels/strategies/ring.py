@@ -13,6 +13,7 @@ One `custom_vjp` spans all of this and saves q, k, v, out and log_sum_exp only: 
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -104,7 +105,7 @@ def ring_attention_with_log_sum_exp(
         size=ring_size,
         layout=layout,
         causal=mask.causal,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         local=select_block(local, block_size=block_size),
     )
     return _ring_attention(ring, q, k, v)
@@ -151,7 +152,8 @@ def _ring_attention(ring: _Ring, q: Array, k: Array, v: Array) -> tuple[Array, A
 
 
 def _forward(ring: _Ring, q: Array, k: Array, v: Array):
-    def hop(state: Partial, k: Array, v: Array, t: Array | int) -> Partial:
+    def hop(state: Partial, held: tuple[Array, ...], t: Array | int) -> Partial:
+        k, v = held
         earlier = ring.sender_is_earlier(t)
         return ring.forward_hop(state, q, k, v, earlier=earlier, local=ring.local, scale=ring.scale, merge=merge)
 
@@ -169,10 +171,10 @@ def _forward(ring: _Ring, q: Array, k: Array, v: Array):
         def pass_on_and_attend(carry, t):
             held, state = carry
             arriving = ring.send(*held)
-            return lax.optimization_barrier((arriving, hop(state, *held, t)))
+            return lax.optimization_barrier((arriving, hop(state, held, t)))
 
         held, state = _repeat(ring, pass_on_and_attend, (arriving, state), 1, ring.size - 1)
-        state = hop(state, *held, ring.size - 1)
+        state = hop(state, held, ring.size - 1)
     out, log_sum_exp = finish(state)
     out = checkpoint_name(out.astype(q.dtype), SAVED_NAMES[0])
     log_sum_exp = checkpoint_name(log_sum_exp, SAVED_NAMES[1])
@@ -189,7 +191,8 @@ def _backward(ring: _Ring, saved, cotangents):
     log_sum_exp = jnp.where(log_sum_exp > -jnp.inf, log_sum_exp, jnp.inf)
     queries = hops.Queries(q, out, log_sum_exp, d_out, delta_BHT)
 
-    def hop(k: Array, v: Array, t: Array | int) -> tuple[Array, Array, Array]:
+    def hop(held: tuple[Array, ...], t: Array | int) -> tuple[Array, Array, Array]:
+        k, v = held
         earlier = ring.sender_is_earlier(t)
         return ring.backward_hop(queries, k, v, earlier=earlier, local=ring.local, scale=ring.scale)
 
@@ -206,22 +209,22 @@ def _backward(ring: _Ring, saved, cotangents):
         held, dq, dk_own, dv_own = lax.optimization_barrier((arriving, dq, dk_own, dv_own))
 
         if ring.size == 2:
-            dq_hop, *travelling = hop(*held, 1)
+            dq_hop, *travelling = hop(held, 1)
         else:
             arriving = ring.send(*held)
-            dq_hop, *travelling = hop(*held, 1)
+            dq_hop, *travelling = hop(held, 1)
             held, travelling, dq = lax.optimization_barrier((arriving, tuple(travelling), dq + dq_hop))
 
             def pass_on_and_differentiate(carry, t):
                 held, travelling, dq = carry
                 arriving, sums = ring.send(*held), ring.send(*travelling)
-                dq_hop, *found = hop(*held, t)
+                dq_hop, *found = hop(held, t)
                 return lax.optimization_barrier((arriving, _add(sums, found), dq + dq_hop))
 
             carry = (held, travelling, dq)
             held, travelling, dq = _repeat(ring, pass_on_and_differentiate, carry, 2, ring.size - 1)
             sums = ring.send(*travelling)
-            dq_hop, *found = hop(*held, ring.size - 1)
+            dq_hop, *found = hop(held, ring.size - 1)
             travelling = _add(sums, found)
         dq, travelling = lax.optimization_barrier((dq + dq_hop, tuple(travelling)))
         home = ring.send(*travelling)
