@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import logging
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,6 +26,7 @@ import orbax.checkpoint as ocp
 
 import ring_rl
 from ring_rl.config import describe_differences
+from ring_rl.training.disk_full import EchoSilencer, means_no_space
 from ring_rl.training.named_arrays import (
     abstract_arrays,
     described_arrays,
@@ -88,13 +88,13 @@ class Checkpointer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._model_config = _through_json(model_config, "model_config")
         self._extra = _through_json(extra or {}, "extra")
-        for logger in ("absl", "asyncio"):
-            logging.getLogger(logger).addFilter(_is_not_about_space)
+        self._silencer = EchoSilencer()
         self._manager = ocp.CheckpointManager(
             self.folder,
             # What a killed process left half written goes away when the folder is opened again.
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
         )
+        self._silencer.start()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -150,6 +150,8 @@ class Checkpointer:
         finally:
             with self._explained_errors():
                 self._manager.close()
+        # Not in the finally: writes that a failed save left behind may still end after this.
+        self._silencer.stop()
 
     def restore_latest(self, like: TrainState) -> tuple[TrainState, CheckpointMetadata]:
         """The newest whole checkpoint, with the structure, types and shardings of `like`.
@@ -200,7 +202,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            if not _means_no_space(error):
+            if not means_no_space(error):
                 raise
             latest = self.latest_step()
             left = "none was saved before" if latest is None else f"that of step {latest} is intact"
@@ -316,22 +318,3 @@ def _reader(checkpoint: pathlib.Path) -> Iterator[ocp.Checkpointer]:
             f"the checkpoint {checkpoint} cannot be read ({reason}); "
             f"move that folder away to fall back on an earlier one"
         ) from error
-
-
-def _is_not_about_space(record: logging.LogRecord) -> bool:
-    """Drops the tracebacks that each of Orbax's threads logs on a full disk; `wait` raises the error once.
-
-    It stays in place, because asyncio logs its share only when the garbage is collected.
-    """
-    return not (record.exc_info and _means_no_space(record.exc_info[1]))
-
-
-def _means_no_space(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        # The array writer is not Python's: it passes on the system's words only.
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
