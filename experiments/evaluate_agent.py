@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import re
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -51,37 +52,60 @@ class EvaluateAgentConfig:
             raise ValueError("no runs to evaluate; give runs=[path,...] of experiments/train_agent.py")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Entry:
+    """One row of the comparison: who acts, how often, and with what context."""
+
+    label: str
+    seed: int
+    policy: Policy
+    action_repeat: int
+    carry_context: bool
+
+
+def entries_of(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[Entry]:
+    """Every agent, once more with its context cleared where it has one, and chance."""
+    entries = []
+    for agent in agents:
+        entries.append(Entry(agent.label, agent.seed, agent.policy(), agent.action_repeat, True))
+        if config.cleared_context and agent.policy().context_trajectories > 1:
+            label = f"{agent.label}, context cleared"
+            entries.append(Entry(label, agent.seed, agent.policy(), agent.action_repeat, False))
+    if config.random_policy:
+        seed, action_repeat = config.protocol.seed, agents[0].action_repeat
+        chance = lambda: UniformPolicy(action_dim=agents[0].model_config.action_dim, seed=seed)  # noqa: E731
+        entries.append(Entry("uniformly random", seed, chance(), 1, True))
+        if action_repeat > 1:
+            entries.append(
+                Entry(f"uniformly random, held {action_repeat} steps", seed, chance(), action_repeat, True)
+            )
+    return entries
+
+
 def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[Result]:
-    """Every agent under the protocol, in one vector environment, with progress."""
+    """Every entry under the protocol, with progress."""
     from ring_rl.agent.environment import make_vector_environment
 
-    first = agents[0]
-    environments = make_vector_environment(first.task, count=config.protocol.rows, action_repeat=first.action_repeat)
-    plan: list[tuple[str, int, Policy, bool]] = []
-    for agent in agents:
-        plan.append((agent.label, agent.seed, agent.policy(), True))
-        if config.cleared_context and agent.policy().context_trajectories > 1:
-            plan.append((f"{agent.label}, context cleared", agent.seed, agent.policy(), False))
-    if config.random_policy:
-        policy = UniformPolicy(action_dim=first.model_config.action_dim, seed=config.protocol.seed)
-        plan.append(("uniformly random", config.protocol.seed, policy, True))
-
+    entries = entries_of(config, agents)
     outcomes: dict[str, list[tuple[int, Rollouts]]] = defaultdict(list)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        bar = progress.add_task("evaluating", total=len(plan) * config.protocol.episodes)
-        for label, seed, policy, carry_context in plan:
-            progress.update(bar, description=f"evaluating {label}")
+        bar = progress.add_task("evaluating", total=len(entries) * config.protocol.episodes)
+        for entry in entries:
+            progress.update(bar, description=f"evaluating {entry.label}")
+            environments = make_vector_environment(
+                agents[0].task, count=config.protocol.rows, action_repeat=entry.action_repeat
+            )
             rollouts = evaluate(
-                policy,
+                entry.policy,
                 environments,
                 config.protocol,
-                best_return=float(first.data_returns.max()),
-                carry_context=carry_context,
+                best_return=float(agents[0].data_returns.max()),
+                carry_context=entry.carry_context,
                 on_episode=lambda _: progress.advance(bar),
             )
-            outcomes[label].append((seed, rollouts))
-    environments.close()
+            environments.close()
+            outcomes[entry.label].append((entry.seed, rollouts))
     return [
         Result(label, tuple(seed for seed, _ in runs), tuple(rollouts for _, rollouts in runs))
         for label, runs in outcomes.items()
@@ -129,7 +153,7 @@ def evaluate_agents(config: EvaluateAgentConfig) -> None:
         pictures += contact_sheet(config, task, results[0])
     show(rows, config.protocol, pictures)
     figures = " ".join(
-        f"{label.replace(', ', '_').replace(' ', '_')}={value['mean']['mean']:.1f}" for label, value in scores.items()
+        f"{re.sub(r'[^a-z0-9]+', '_', label)}={value['mean']['mean']:.1f}" for label, value in scores.items()
     )
     p75, best = np.quantile(data_returns, 0.75), data_returns.max()
     print(f"{figures} data_p75={p75:.1f} data_best={best:.1f} seconds={seconds:.1f}")
@@ -159,10 +183,13 @@ def contact_sheet(config: EvaluateAgentConfig, task: str, result: Result) -> lis
 
 def show(rows: list[list[str]], protocol: ProtocolConfig, pictures: list[Path]) -> None:
     """Prints the table and names the pictures."""
-    table = Table(*rows[0], title=f"returns of {protocol.episodes} episodes in a row, mean [95% interval]")
+    table = Table(title=f"returns of {protocol.episodes} episodes in a row, mean [95% interval]")
+    for column in rows[0]:
+        table.add_column(column, no_wrap=True)
     for row in rows[1:]:
         table.add_row(*row)
-    console = Console()
+    # Wide enough for every cell, whatever the terminal: a table that is cut says nothing.
+    console = Console(width=max(110, Console().width))
     console.print(table)
     for picture in pictures:
         console.print(f"picture {picture}", soft_wrap=True, highlight=False)

@@ -157,9 +157,12 @@ def test_large_logits_stay_finite_and_exact():
     expected = dense(inputs, cotangents, mask=CAUSAL, dtype=jnp.float64)
     naive = dense(inputs, cotangents, mask=CAUSAL, dtype=jnp.float32)
     got = ring_results(sharded, inputs, cotangents, ring_size=4, layout="zigzag", mask=CAUSAL)
+    # Weights are recomputed from log_sum_exp, whose float32 rounding is a relative error of the weights.
+    rounding = np.finfo(np.float32).eps * np.abs(expected[1]).max()
+    assert 1e-4 < rounding < 1e-2
     for a, b, c in zip(got, expected, naive, strict=True):
         assert np.isfinite(a).all()
-        assert np.abs(a - b).max() <= 2 * np.abs(c - b).max() + 1e-4 * np.abs(b).max()
+        assert np.abs(a - b).max() <= 2 * np.abs(c - b).max() + 2 * rounding * np.abs(b).max()
 
 
 def test_no_future_leaks_through_gradients():
@@ -252,14 +255,14 @@ def permutes_executed(jaxpr, times=1):
 
 @pytest.mark.parametrize("ring_size", [1, 2, 3, 4, 7])
 def test_no_hop_too_many(ring_size):
-    """k and v make n - 1 hops in forward; in backward as many again, and dk and dv n - 1."""
+    """k, v make n - 1 hops in forward, as one array; in backward as many again, and dk, dv n - 1."""
     T = 2 * ring_size * 2
     inputs, cotangents = random_inputs(8, B=1, T=T, D=4)
     attend = sharded(partial(ring_attention_with_log_sum_exp, axis_name="sp", mask=CAUSAL, layout="zigzag"), ring_size)
     forward = jax.make_jaxpr(attend)(*inputs)
     both = jax.make_jaxpr(partial(results, attend))(inputs, cotangents)
-    assert permutes_executed(forward.jaxpr) == 2 * (ring_size - 1)
-    assert permutes_executed(both.jaxpr) == (2 + 4) * (ring_size - 1)
+    assert permutes_executed(forward.jaxpr) == ring_size - 1
+    assert permutes_executed(both.jaxpr) == 3 * (ring_size - 1)
 
 
 def test_rematerialised_layer_does_not_run_the_ring_again():
@@ -307,7 +310,7 @@ def test_bad_shapes_name_the_rule_and_the_remedy():
         run(x(3, 2), x(3, 2), x(3, 2))
     with pytest.raises(ValueError, match="3 query heads cannot share 2 key-value heads"):
         run(x(4, 3), x(4, 2), x(4, 2))
-    with pytest.raises(ValueError, match="k and v must have one shape"):
+    with pytest.raises(ValueError, match="k and v must have one shape and dtype"):
         run(x(4, 2), x(4, 2), x(4, 1))
     with pytest.raises(ValueError, match="must agree in batch, local tokens and head dimension"):
         run(x(4, 2), x(2, 2), x(2, 2))

@@ -1,0 +1,179 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ring_rl.training.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def losses(run_dir):
+    return [record["loss"] for record in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_a_run_leaves_everything_behind_and_the_ring_really_ran(train, tmp_path, capsys):
+    train(tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "mesh dp=1 x sp=8 over 8 cpu devices, zigzag layout" in printed
+    last = printed.strip().splitlines()[-1]
+    assert "agent=agentic_transformer seed=0 steps=6 " in last
+    compiled = json.loads((tmp_path / "run" / "compiled.json").read_text())
+    assert compiled["mesh"] == {"dp": 1, "sp": 8}
+    assert compiled["collective_permutes"] > 0
+    assert len(losses(tmp_path / "run")) == 6
+    for name in ("config.yaml", "checkpoints/6", "plots/learning_curve.png"):
+        assert (tmp_path / "run" / name).exists(), name
+
+
+@pytest.mark.parametrize("agent", ["decision_transformer", "behaviour_cloning"])
+def test_the_other_agents_train_too(train, tmp_path, agent):
+    small = [] if agent == "behaviour_cloning" else ["agent.transformer.layers=1", "agent.transformer.width=16"]
+    train(tmp_path / "run", f"agent={agent}", *small, small=False)
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_going_on_gives_the_uninterrupted_curve(train, tmp_path):
+    """A run that is started again after its checkpoint at step 4 ends where one that never stopped does."""
+    train(tmp_path / "whole")
+    train(tmp_path / "parts")
+    # What a kill after step 5 leaves: the checkpoint of step 4 and metrics beyond it.
+    (tmp_path / "parts" / "checkpoints" / "6").rename(tmp_path / "lost")
+    train(tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(data_root, tmp_path):
+    """The real thing: another process, SIGKILL, the same command again."""
+    command = [
+        sys.executable,
+        "experiments/train_agent.py",
+        f"run_dir={tmp_path / 'run'}",
+        f"data.root={data_root}",
+        "agent.transformer.layers=1",
+        "agent.chain.trajectories=2",
+        "batch.batch_size=2",
+        "loop.steps=80",
+        "loop.log_every=1",
+        "loop.checkpoint_every=10",
+        "optimizer.warmup_steps=1",
+        "wandb.mode=disabled",
+    ]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    quiet = {"cwd": REPOSITORY, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **quiet) as victim:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "run" / "checkpoints" / "20").exists():
+            assert victim.poll() is None, victim.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        victim.send_signal(signal.SIGKILL)
+    reached = len(losses(tmp_path / "run"))
+    assert reached < 80
+    finished = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "continues from step" in finished.stdout
+    steps = [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == list(range(1, 81))
+
+
+def test_multirun_trains_every_combination(data_root, tmp_path):
+    finished = subprocess.run(
+        [
+            sys.executable,
+            "experiments/train_agent.py",
+            "-m",
+            "task=cartpole_swingup",
+            "seed=0,1",
+            "agent=behaviour_cloning",
+            f"run_dir={tmp_path}/${{task}}/seed_${{seed}}",
+            f"hydra.sweep.dir={tmp_path}/multirun",
+            f"data.root={data_root}",
+            "batch.batch_size=2",
+            "loop.steps=4",
+            "optimizer.warmup_steps=1",
+            "wandb.mode=disabled",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    curves = [losses(tmp_path / "cartpole_swingup" / f"seed_{seed}") for seed in (0, 1)]
+    assert curves[0] != curves[1]
+
+
+def test_a_misspelt_key_is_refused_by_the_command_line(tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "experiments/train_agent.py", "loop.stepz=3", f"run_dir={tmp_path / 'run'}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode != 0
+    assert "loop.stepz" in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("+loop.stepz=3", "unknown key 'loop.stepz'"),
+        ("loop.steps=many", "loop.steps"),
+        ("task=cartpole_swingdown", "unknown task 'cartpole_swingdown'; did you mean 'cartpole_swingup'?"),
+        ("task=jaco_reach_top_left", "not built yet"),
+        ("mesh.sp=16", "mesh dp=1 x sp=16 needs 16 devices, but there are 8"),
+        ("batch.pad_to_ring=false", "sequence length 500 is not divisible into the 16 chunks of a zigzag ring"),
+        ("data.algorithm=rnd", "no data set at"),
+        ("agent.chain.trajectories=13", "the data set has 12"),
+        ("data.action_repeat=5", "use action_repeat=1 or collect with action_hold=5"),
+        ("agent.transformer.head_dim=7", "head_dim=7 must be even"),
+        ("agent.name=decision_transformer", "set it to 1 or use agent=agentic_transformer"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_anything_is_made(train, refused, tmp_path, override, complaint):
+    assert complaint in refused(train, tmp_path / "run", override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_of_another_configuration_is_left_alone(train, refused, tmp_path):
+    train(tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    complaint = refused(train, tmp_path / "run", "agent.transformer.width=32")
+    assert "agent.transformer.width" in complaint
+    assert "run_dir" in complaint
+    after = {path: path.stat().st_mtime_ns for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    assert after == before
+
+
+def test_rewards_of_another_task_are_refused(train, refused, data_root, tmp_path):
+    record = data_root / "cartpole" / "policy_search_cartpole_swingup" / "collection.json"
+    record.write_text(json.dumps({"settings": {"task": "cartpole_balance"}}))
+    try:
+        complaint = refused(train, tmp_path / "run")
+    finally:
+        record.unlink()
+    assert "holds the rewards of cartpole_balance, not of cartpole_swingup" in complaint
+
+
+def test_nan_in_the_data_is_refused(call_script, refused, tmp_path):
+    import numpy as np
+
+    buffer = tmp_path / "cartpole" / "policy_search_cartpole_swingup" / "buffer"
+    buffer.mkdir(parents=True)
+    np.savez(
+        buffer / "episode_000000_4.npz",
+        observation=np.full((5, 5), np.nan, np.float32),
+        action=np.zeros((5, 1), np.float32),
+        reward=np.zeros((5, 1), np.float32),
+        discount=np.ones((5, 1), np.float32),
+        physics=np.zeros((5, 4)),
+    )
+    complaint = refused(call_script, "train_agent", f"data.root={tmp_path}", f"run_dir={tmp_path / 'run'}")
+    assert "episode_000000_4.npz" in complaint
+    assert "NaN" in complaint or "finite" in complaint
