@@ -122,10 +122,9 @@ class _Ring:
     scale: float
     local: LocalBlock
 
-    def send(self, *arrays: Array) -> tuple[Array, ...]:
-        """The arrays of the previous device; this device's go to the next one."""
-        to_next = [(i, (i + 1) % self.size) for i in range(self.size)]
-        return tuple(lax.ppermute(x, self.axis_name, to_next) for x in arrays)
+    def send(self, x: Array) -> Array:
+        """What the previous device holds; this device's goes to the next one."""
+        return lax.ppermute(x, self.axis_name, [(i, (i + 1) % self.size) for i in range(self.size)])
 
     def sender_is_earlier(self, hop: Array | int) -> Array:
         """Whether the keys of this hop come from a device with a smaller index, that is j < i."""
@@ -152,7 +151,7 @@ def _ring_attention(ring: _Ring, q: Array, k: Array, v: Array) -> tuple[Array, A
 
 
 def _forward(ring: _Ring, q: Array, k: Array, v: Array):
-    def hop(state: Partial, held: tuple[Array, ...], t: Array | int) -> Partial:
+    def hop(state: Partial, held: Array, t: Array | int) -> Partial:
         k, v = held
         earlier = ring.sender_is_earlier(t)
         return ring.forward_hop(state, q, k, v, earlier=earlier, local=ring.local, scale=ring.scale, merge=merge)
@@ -164,13 +163,14 @@ def _forward(ring: _Ring, q: Array, k: Array, v: Array):
     if ring.size == 1:
         state = own_block()
     else:
-        arriving = ring.send(k, v)
+        # Keys and values travel as one array: half as many transfers to start and to wait for.
+        arriving = ring.send(jnp.stack([k, v]))
         state = own_block()
         arriving, state = lax.optimization_barrier((arriving, state))
 
         def pass_on_and_attend(carry, t):
             held, state = carry
-            arriving = ring.send(*held)
+            arriving = ring.send(held)
             return lax.optimization_barrier((arriving, hop(state, held, t)))
 
         held, state = _repeat(ring, pass_on_and_attend, (arriving, state), 1, ring.size - 1)
@@ -191,10 +191,11 @@ def _backward(ring: _Ring, saved, cotangents):
     log_sum_exp = jnp.where(log_sum_exp > -jnp.inf, log_sum_exp, jnp.inf)
     queries = hops.Queries(q, out, log_sum_exp, d_out, delta_BHT)
 
-    def hop(held: tuple[Array, ...], t: Array | int) -> tuple[Array, Array, Array]:
+    def hop(held: Array, t: Array | int) -> tuple[Array, Array]:
         k, v = held
         earlier = ring.sender_is_earlier(t)
-        return ring.backward_hop(queries, k, v, earlier=earlier, local=ring.local, scale=ring.scale)
+        dq, dk, dv = ring.backward_hop(queries, k, v, earlier=earlier, local=ring.local, scale=ring.scale)
+        return dq, jnp.stack([dk, dv])
 
     first_part, second_part = hops.own_block_parts(q.shape[1], causal=ring.causal)
     own_block = partial(hops.own_block_backward, queries, k, v, local=ring.local, scale=ring.scale)
@@ -202,34 +203,35 @@ def _backward(ring: _Ring, saved, cotangents):
     if ring.size == 1:
         dq, dk, dv = _add(own_block(parts=first_part), own_block(parts=second_part))
     else:
-        arriving = ring.send(k, v)
+        arriving = ring.send(jnp.stack([k, v]))
         dq, dk_own, dv_own = own_block(parts=first_part)
         # The barriers state the order that hides a transfer behind a block; without them a scheduler may let
         # the keys run ahead of the compute and bunch the other transfers.
         held, dq, dk_own, dv_own = lax.optimization_barrier((arriving, dq, dk_own, dv_own))
 
+        # `travelling` is the sum of what every device so far found for dk and dv of the shard it held.
         if ring.size == 2:
-            dq_hop, *travelling = hop(held, 1)
+            dq_hop, travelling = hop(held, 1)
         else:
-            arriving = ring.send(*held)
-            dq_hop, *travelling = hop(held, 1)
-            held, travelling, dq = lax.optimization_barrier((arriving, tuple(travelling), dq + dq_hop))
+            arriving = ring.send(held)
+            dq_hop, travelling = hop(held, 1)
+            held, travelling, dq = lax.optimization_barrier((arriving, travelling, dq + dq_hop))
 
             def pass_on_and_differentiate(carry, t):
                 held, travelling, dq = carry
-                arriving, sums = ring.send(*held), ring.send(*travelling)
-                dq_hop, *found = hop(held, t)
-                return lax.optimization_barrier((arriving, _add(sums, found), dq + dq_hop))
+                arriving, sums = ring.send(held), ring.send(travelling)
+                dq_hop, found = hop(held, t)
+                return lax.optimization_barrier((arriving, sums + found, dq + dq_hop))
 
             carry = (held, travelling, dq)
             held, travelling, dq = _repeat(ring, pass_on_and_differentiate, carry, 2, ring.size - 1)
-            sums = ring.send(*travelling)
-            dq_hop, *found = hop(held, ring.size - 1)
-            travelling = _add(sums, found)
-        dq, travelling = lax.optimization_barrier((dq + dq_hop, tuple(travelling)))
-        home = ring.send(*travelling)
-        dq, dk, dv = _add((dq, dk_own, dv_own), own_block(parts=second_part))
-        dk, dv = _add((dk, dv), home)
+            sums = ring.send(travelling)
+            dq_hop, found = hop(held, ring.size - 1)
+            travelling = sums + found
+        dq, travelling = lax.optimization_barrier((dq + dq_hop, travelling))
+        dk_home, dv_home = ring.send(travelling)
+        dq, dk_own, dv_own = _add((dq, dk_own, dv_own), own_block(parts=second_part))
+        dk, dv = dk_own + dk_home, dv_own + dv_home
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -257,8 +259,10 @@ def _add(left, right) -> tuple[Array, ...]:
 def _check_shapes(q: Array, k: Array, v: Array) -> None:
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q, k, v must be [batch, tokens, heads, head_dim], got {q.shape}, {k.shape}, {v.shape}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {k.shape} and {v.shape}")
+    if k.shape != v.shape or k.dtype != v.dtype:
+        raise ValueError(
+            f"k and v must have one shape and dtype, got {k.shape} {k.dtype} and {v.shape} {v.dtype}"
+        )
     if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
         raise ValueError(
             f"q {q.shape} and k {k.shape} must agree in batch, local tokens and head dimension; "
