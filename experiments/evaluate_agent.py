@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import platform
 import re
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import hydra
-import jax
 import numpy as np
 from omegaconf import DictConfig
 from rich.console import Console
@@ -33,6 +31,7 @@ from ring_rl.agent.policy import Policy, UniformPolicy
 from ring_rl.agent.rollout import Rollouts
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve
+from ring_rl.training.provenance import device_description, git_commit, versions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,9 +75,7 @@ def entries_of(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[
         chance = lambda: UniformPolicy(action_dim=agents[0].model_config.action_dim, seed=seed)  # noqa: E731
         entries.append(Entry("uniformly random", seed, chance(), 1, True))
         if action_repeat > 1:
-            entries.append(
-                Entry(f"uniformly random, held {action_repeat} steps", seed, chance(), action_repeat, True)
-            )
+            entries.append(Entry(f"uniformly random, held {action_repeat} steps", seed, chance(), action_repeat, True))
     return entries
 
 
@@ -134,8 +131,9 @@ def evaluate_agents(config: EvaluateAgentConfig) -> None:
         "protocol": to_mapping(config.protocol),
         "runs": [str(run) for run in config.runs],
         "steps": [agent.step for agent in agents],
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "jax": jax.__version__,
+        "commit": git_commit(),
+        "device": device_description(),
+        "versions": versions("ring_rl", "jax", "flax", "dm_control", "mujoco"),
         "seconds": round(seconds, 1),
         "data": {"mean": data_returns.mean(), "p75": np.quantile(data_returns, 0.75), "best": data_returns.max()},
         "scores": scores,

@@ -14,11 +14,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from ring_rl.agent.agents import SequenceAgentConfig
+from ring_rl.agent.agents import SequenceAgentConfig, sequence_model_config
 from ring_rl.agent.atomic_file import atomic_file
 from ring_rl.agent.chain_batch import empty_batch
+from ring_rl.agent.evaluation import markdown_table
 from ring_rl.agent.loss import make_action_loss
-from ring_rl.agent.model import SequenceModelConfig, make_model
+from ring_rl.agent.model import make_model
 from ring_rl.agent.tokens import Normalisation, tokens_per_step
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve
@@ -26,6 +27,7 @@ from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh, request_virtual_devices
 from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
+from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.training.state import create_state
 from ring_rl.training.step import compile_step, compiled_report, make_train_step
 
@@ -48,22 +50,12 @@ def compiled_memory(config: MemoryConfig, ring_size: int) -> dict[str, int]:
     mesh = make_mesh(MeshConfig(dp=1, sp=ring_size))
     parallel = SequenceParallel(mesh=mesh, layout=config.layout)
     agent = config.agent
-    model = SequenceModelConfig(
-        name="sequence",
-        token_layout=agent.token_layout,
-        previous_step_in_token=agent.previous_step_in_token,
-        return_octaves=agent.return_octaves,
-        time_octaves=agent.time_octaves,
-        trajectories=agent.chain.trajectories,
+    model = sequence_model_config(
+        agent,
         episode_steps=-(-config.steps // agent.chain.trajectories),
         observation_dim=config.observation_dim,
         action_dim=config.action_dim,
-        normalisation=Normalisation(
-            observation_mean=(0.0,) * config.observation_dim,
-            observation_scale=(1.0,) * config.observation_dim,
-            return_scale=1.0,
-        ),
-        transformer=agent.transformer,
+        normalisation=Normalisation.identity(config.observation_dim),
     )
     optimizer = make_optimizer(
         OptimizerConfig(
@@ -105,6 +97,8 @@ def write_results(config: MemoryConfig, reports: list[dict[str, int]]) -> None:
     writer.writerows(reports)
     with atomic_file(config.output / "memory.csv", overwrite=True) as temporary:
         temporary.write_text(text.getvalue())
+    with atomic_file(config.output / "table.md", overwrite=True) as temporary:
+        temporary.write_text(markdown_table(memory_rows(reports)))
     sizes = np.array([report["ring_size"] for report in reports])
     total = np.array([report["argument_bytes"] + report["temporary_bytes"] for report in reports]) / 2**20
     figure = Figure(figsize=(5.6, 4.0), layout="constrained")
@@ -121,6 +115,23 @@ def write_results(config: MemoryConfig, reports: list[dict[str, int]]) -> None:
         figure.savefig(temporary, dpi=130)
 
 
+def memory_rows(reports: list[dict[str, int]]) -> list[list[str]]:
+    """The header and a row a ring size, as text."""
+    rows = [["ring size", "tokens a device", "MiB a device", "of a ring of 1"]]
+    whole = reports[0]["argument_bytes"] + reports[0]["temporary_bytes"]
+    for report in reports:
+        total = report["argument_bytes"] + report["temporary_bytes"]
+        rows.append(
+            [
+                str(report["ring_size"]),
+                f"{report['tokens'] // report['ring_size']:,}",
+                f"{total / 2**20:.1f}",
+                f"1/{whole / total:.2f}",
+            ]
+        )
+    return rows
+
+
 def measure(config: MemoryConfig) -> None:
     """Compiles for every ring size and reports."""
     request_virtual_devices(max(config.ring_sizes))
@@ -131,17 +142,18 @@ def measure(config: MemoryConfig) -> None:
             status.update(f"compiling for a ring of {ring_size}")
             reports.append(compiled_memory(config, ring_size))
     write_results(config, reports)
-    table = Table("ring size", "tokens a device", "MiB a device", "of one device", "collective-permutes")
+    summary = {
+        "config": {**to_mapping(config), "output": str(config.output)},
+        "commit": git_commit(),
+        "device": device_description(),
+        "versions": versions("ring_rl", "jax", "jaxlib"),
+    }
+    with atomic_file(config.output / "summary.json", overwrite=True) as temporary:
+        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    table = Table(*memory_rows(reports)[0])
     total = lambda report: report["argument_bytes"] + report["temporary_bytes"]  # noqa: E731
-    for report in reports:
-        share = total(report) / total(reports[0])
-        table.add_row(
-            str(report["ring_size"]),
-            f"{report['tokens'] // report['ring_size']:,}",
-            f"{total(report) / 2**20:.1f}",
-            f"1/{1 / share:.2f}",
-            str(report["collective_permutes"]),
-        )
+    for row in memory_rows(reports)[1:]:
+        table.add_row(*row)
     console.print(table)
     print(" ".join(f"mib_ring_{report['ring_size']}={total(report) / 2**20:.1f}" for report in reports))
 
@@ -152,8 +164,6 @@ def main(cfg: DictConfig) -> None:
     with exit_on_bad_input():
         config = from_mapping(MemoryConfig, resolve(cfg))
         measure(config)
-        with atomic_file(config.output / "config.json", overwrite=True) as temporary:
-            temporary.write_text(json.dumps(to_mapping(config), indent=2) + "\n")
 
 
 if __name__ == "__main__":

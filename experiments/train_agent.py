@@ -140,7 +140,8 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         print(
             f"agent={config.agent.name} seed={config.seed} steps={config.loop.steps} parameters={parameters} "
             f"tokens_per_step={config.batch.batch_size * sampler.steps} ring_size={parallel.ring_size} "
-            f"collective_permutes={report['collective_permutes']} peak_bytes_per_device={report['peak_bytes']} "
+            f"collective_permutes={report['collective_permutes']} "
+            f"compiled_bytes_per_device={report['argument_bytes'] + report['temporary_bytes']} "
             f"seconds={seconds:.1f}"
         )
 

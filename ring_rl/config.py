@@ -76,9 +76,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
     """
     if isinstance(config, type) or not dataclasses.is_dataclass(config):
         raise TypeError(f"to_mapping takes a dataclass instance, not {config!r}")
-    return {
-        field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init
-    }
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
 
 
 def describe_differences(
@@ -195,9 +193,7 @@ def _select_variant(variants: list[Any], value: Mapping[str, Any], path: str) ->
     for variant in variants:
         annotation = typing.get_type_hints(variant).get("name")
         if typing.get_origin(annotation) is not Literal:
-            raise TypeError(
-                f"{variant.__name__} stands in a union at '{path}' and needs a field name: Literal[...]"
-            )
+            raise TypeError(f"{variant.__name__} stands in a union at '{path}' and needs a field name: Literal[...]")
         by_name.update(dict.fromkeys(typing.get_args(annotation), variant))
     name = value.get("name", _ABSENT)
     if name is _ABSENT:
@@ -215,9 +211,7 @@ def _unknown_key(key: str, allowed: list[str], path: str) -> str:
 
 
 def _wrong(path: str, expected: str, value: Any) -> ValueError:
-    return ValueError(
-        f"'{path or 'the configuration'}' must be {expected}, got {value!r} ({type(value).__name__})"
-    )
+    return ValueError(f"'{path or 'the configuration'}' must be {expected}, got {value!r} ({type(value).__name__})")
 
 
 def _differences(saved: Any, wanted: Any, path: str, ignore: frozenset[str]) -> Iterator[str]:
@@ -230,9 +224,7 @@ def _differences(saved: Any, wanted: Any, path: str, ignore: frozenset[str]) -> 
         saved = {}
     if isinstance(saved, Mapping) and isinstance(wanted, Mapping):
         for key in sorted({*saved, *wanted}, key=str):
-            yield from _differences(
-                saved.get(key, _ABSENT), wanted.get(key, _ABSENT), _join(path, str(key)), ignore
-            )
+            yield from _differences(saved.get(key, _ABSENT), wanted.get(key, _ABSENT), _join(path, str(key)), ignore)
     elif saved is _ABSENT:
         yield f"{path}: not saved, wanted {wanted!r}"
     elif wanted is _ABSENT:

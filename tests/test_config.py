@@ -233,8 +233,6 @@ def test_interrupt_exits_with_130(capsys):
 
 
 def test_importing_config_loads_neither_jax_nor_omegaconf():
-    source = (
-        "import sys, ring_rl.config, ring_rl.hydra_config; print({'jax', 'omegaconf'} & set(sys.modules))"
-    )
+    source = "import sys, ring_rl.config, ring_rl.hydra_config; print({'jax', 'omegaconf'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"

@@ -16,9 +16,7 @@ def test_interpolations_are_resolved_to_plain_containers():
 
 def test_a_mandatory_value_is_named_with_its_remedy():
     config = OmegaConf.create({"data": {"path": "???"}})
-    with pytest.raises(
-        ValueError, match=r"'data\.path' has no value; give one on the command line: data\.path="
-    ):
+    with pytest.raises(ValueError, match=r"'data\.path' has no value; give one on the command line: data\.path="):
         resolve(config)
 
 

@@ -7,7 +7,7 @@ from ring_rl.agent.data import normalisation_of
 from ring_rl.agent.exorl import EpisodeSet, select_best_fraction
 from ring_rl.agent.hindsight import ChainConfig
 from ring_rl.agent.model import BehaviourCloningConfig, ModelConfig, SequenceModelConfig
-from ring_rl.agent.tokens import TokenLayout
+from ring_rl.agent.tokens import Normalisation, TokenLayout
 from ring_rl.nn.transformer import TransformerConfig
 
 
@@ -79,6 +79,24 @@ def model_config(config: AgentConfig, episodes: EpisodeSet) -> ModelConfig:
             action_dim=episodes.action_dim,
             normalisation=normalisation,
         )
+    return sequence_model_config(
+        config,
+        episode_steps=max(each.length for each in episodes.trajectories),
+        observation_dim=episodes.observation_dim,
+        action_dim=episodes.action_dim,
+        normalisation=normalisation,
+    )
+
+
+def sequence_model_config(
+    config: SequenceAgentConfig,
+    *,
+    episode_steps: int,
+    observation_dim: int,
+    action_dim: int,
+    normalisation: Normalisation,
+) -> SequenceModelConfig:
+    """The model of an agent, for episodes of these sizes."""
     return SequenceModelConfig(
         name="sequence",
         token_layout=config.token_layout,
@@ -86,9 +104,9 @@ def model_config(config: AgentConfig, episodes: EpisodeSet) -> ModelConfig:
         return_octaves=config.return_octaves,
         time_octaves=config.time_octaves,
         trajectories=config.chain.trajectories,
-        episode_steps=max(each.length for each in episodes.trajectories),
-        observation_dim=episodes.observation_dim,
-        action_dim=episodes.action_dim,
+        episode_steps=episode_steps,
+        observation_dim=observation_dim,
+        action_dim=action_dim,
         normalisation=normalisation,
         transformer=config.transformer,
     )

@@ -15,11 +15,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +47,7 @@ from ring_rl.agent.exploration import (
 from ring_rl.agent.policy_search import PolicySearch, PolicySearchConfig
 from ring_rl.agent.trajectory import Trajectory
 from ring_rl.config import describe_differences, to_mapping
+from ring_rl.training.provenance import git_commit, versions
 
 __all__ = ["CollectionConfig", "ExplorerConfig", "collect", "make_explorer", "play_batch"]
 
@@ -254,11 +252,8 @@ def _write_record(config: CollectionConfig, explorer: Explorer, episodes: Episod
         "complete": count == config.episodes,
         "episodes": count,
         "returns": None if episodes is None else dict(episodes.quantiles),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("ring_rl", "dm_control", "mujoco", "numpy")},
-        },
-        "git_commit": _git_commit(),
+        "versions": versions("ring_rl", "dm_control", "mujoco", "numpy"),
+        "git_commit": git_commit(),
     }
     _write_atomically(
         config.folder / "collection.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n")
@@ -279,12 +274,3 @@ def _write_histogram(config: CollectionConfig, episodes: EpisodeSet) -> None:
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with atomic_file(path, overwrite=True) as temporary:
         write(temporary)
-
-
-def _git_commit() -> str | None:
-    """The commit of the source this runs from, if it is a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

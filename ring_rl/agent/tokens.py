@@ -65,6 +65,13 @@ class Normalisation:
         if not self.return_scale > 0 or not all(scale > 0 for scale in self.observation_scale):
             raise ValueError("scales must be positive; are all returns of the data zero?")
 
+    @staticmethod
+    def identity(observation_dim: int) -> "Normalisation":
+        """Scales of 1, for models that are measured and never trained."""
+        return Normalisation(
+            observation_mean=(0.0,) * observation_dim, observation_scale=(1.0,) * observation_dim, return_scale=1.0
+        )
+
     def observations(self, x: Float[Array, "*b O"]) -> Float[Array, "*b O"]:
         """Observations with mean 0 and deviation 1 over the data."""
         return (x - jnp.array(self.observation_mean)) / jnp.array(self.observation_scale)

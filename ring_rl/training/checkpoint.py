@@ -119,9 +119,7 @@ class Checkpointer:
         step = int(state.step)
         if step in _whole_steps(self.folder):
             return False
-        metadata = CheckpointMetadata(
-            FORMAT_VERSION, ring_rl.__version__, step, self._model_config, self._extra
-        )
+        metadata = CheckpointMetadata(FORMAT_VERSION, ring_rl.__version__, step, self._model_config, self._extra)
         items = _items(state)
         with self._explained_errors():
             return self._manager.save(
@@ -166,9 +164,7 @@ class Checkpointer:
         self.wait()
         step = self.latest_step()
         if step is None:
-            raise FileNotFoundError(
-                f"no checkpoint in {self.folder}; train first, or name a run that has saved one"
-            )
+            raise FileNotFoundError(f"no checkpoint in {self.folder}; train first, or name a run that has saved one")
         checkpoint = self.folder / str(step)
         metadata = _read_metadata(checkpoint)
         differences = describe_differences(metadata.model_config, self._model_config)
@@ -281,9 +277,7 @@ def _whole_steps(folder: pathlib.Path) -> list[int]:
 
 def _read_metadata(checkpoint: pathlib.Path) -> CheckpointMetadata:
     with _reader(checkpoint) as reader:
-        mapping = reader.restore(checkpoint, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))[
-            "metadata"
-        ]
+        mapping = reader.restore(checkpoint, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
     version = mapping.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(

@@ -97,9 +97,7 @@ def train(
     """
     start = int(state.step)
     if start > config.steps:
-        raise ValueError(
-            f"the state has taken {start} steps, more than the {config.steps} to train; raise steps"
-        )
+        raise ValueError(f"the state has taken {start} steps, more than the {config.steps} to train; raise steps")
     evaluate_every = config.evaluate_every
     if evaluate_every is None:
         evaluate = _no_evaluation

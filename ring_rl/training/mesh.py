@@ -42,9 +42,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         for axis, size in (("dp", self.dp), ("sp", self.sp)):
             if size != -1 and size < 1:
-                raise ValueError(
-                    f"mesh axis {axis} must be at least 1, or -1 for all devices left, got {size}"
-                )
+                raise ValueError(f"mesh axis {axis} must be at least 1, or -1 for all devices left, got {size}")
         if self.dp == -1 and self.sp == -1:
             raise ValueError("only one mesh axis can be -1, got dp=-1 and sp=-1; give the other its size")
 
@@ -74,8 +72,7 @@ def make_mesh(config: MeshConfig, *, devices: Sequence[jax.Device] | None = None
         if platform == "cpu":
             remedy += f", or set XLA_FLAGS={_VIRTUAL_DEVICES_FLAG}={dp * sp} for that many virtual devices"
         raise ValueError(
-            f"mesh dp={dp} x sp={sp} needs {dp * sp} devices, but there are {len(available)} ({platform}); "
-            f"{remedy}"
+            f"mesh dp={dp} x sp={sp} needs {dp * sp} devices, but there are {len(available)} ({platform}); {remedy}"
         )
     grid = np.asarray(available[: dp * sp], dtype=object).reshape(dp, sp)
     return Mesh(grid, AXIS_NAMES, axis_types=(AxisType.Auto, AxisType.Auto))

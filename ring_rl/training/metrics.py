@@ -57,9 +57,7 @@ class JsonlWriter:
         try:
             self._file.write(line.encode())
         except OSError as error:
-            raise OSError(
-                error.errno, f"metrics cannot be written: {error.strerror}", str(self._path)
-            ) from error
+            raise OSError(error.errno, f"metrics cannot be written: {error.strerror}", str(self._path)) from error
 
     def close(self) -> None:
         """Flush to the disk and close."""
@@ -193,9 +191,7 @@ def _parse(path: pathlib.Path) -> list[tuple[str, dict[str, Any] | None]]:
         except json.JSONDecodeError:
             record = None
         if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
-            raise ValueError(
-                f"line {number} of {path} is no metrics record: {line[:60]!r}; repair or remove it"
-            )
+            raise ValueError(f"line {number} of {path} is no metrics record: {line[:60]!r}; repair or remove it")
         parsed.append((line, record))
     if tail:
         # Without its newline even a line that parses may have lost digits of its last number.

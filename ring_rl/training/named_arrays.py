@@ -44,9 +44,7 @@ def with_arrays(tree: PyTree[Any], nested: Mapping[str, Any]) -> PyTree[Any]:
 
 def abstract_arrays(tree: PyTree[Any]) -> PyTree[jax.ShapeDtypeStruct]:
     """Shape, type and sharding of each array; arrays that were donated still have them."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
-    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
 
 
 def described_arrays(tree: PyTree[Any]) -> PyTree[str]:

@@ -74,9 +74,7 @@ def learning_rate_at(config: OptimizerConfig, step: ArrayLike, total_steps: int)
     """
     step = jnp.asarray(step, jnp.float32)
     warmup = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
-    progress = jnp.clip(
-        (step - config.warmup_steps) / max(total_steps - 1 - config.warmup_steps, 1), 0.0, 1.0
-    )
+    progress = jnp.clip((step - config.warmup_steps) / max(total_steps - 1 - config.warmup_steps, 1), 0.0, 1.0)
     if config.schedule == "constant":
         remaining = jnp.ones_like(progress)
     elif config.schedule == "linear":

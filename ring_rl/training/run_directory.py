@@ -125,8 +125,7 @@ def _strangers(path: pathlib.Path) -> list[str]:
     return sorted(
         entry.name
         for entry in path.iterdir()
-        if entry.name not in (_LOCK, ".hydra")
-        and not (entry.name.startswith(f".{_CONFIG}.") or entry.suffix == ".log")
+        if entry.name not in (_LOCK, ".hydra") and not (entry.name.startswith(f".{_CONFIG}.") or entry.suffix == ".log")
     )
 
 
@@ -156,9 +155,7 @@ def _require_same_config(file: pathlib.Path, wanted: Mapping[str, Any], may_diff
     try:
         saved = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(
-            f"{file} is no YAML ({str(error).splitlines()[0]}); choose another run_dir"
-        ) from None
+        raise ValueError(f"{file} is no YAML ({str(error).splitlines()[0]}); choose another run_dir") from None
     if not isinstance(saved, Mapping):
         raise ValueError(f"{file} holds no configuration; choose another run_dir")
     differences = describe_differences(saved, wanted, ignore=may_differ)

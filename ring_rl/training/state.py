@@ -59,9 +59,7 @@ def create_state(
     graphdef, _, others = nnx.split(abstract_model, nnx.Param, ...)
     if jax.tree.leaves(others):
         paths = ", ".join(sorted(".".join(map(str, path)) for path in nnx.to_flat_state(others).paths))
-        raise ValueError(
-            f"the model holds state that is no parameter ({paths}); pass it through the batch or the key"
-        )
+        raise ValueError(f"the model holds state that is no parameter ({paths}); pass it through the batch or the key")
 
     def initialise(key: Array) -> TrainState:
         parameters = nnx.state(make_model(nnx.Rngs(key)), nnx.Param)

@@ -124,9 +124,7 @@ def compiled_report(compiled: jax.stages.Compiled) -> dict[str, int]:
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     if memory is None or text is None:
-        raise ValueError(
-            "this backend reports neither memory nor HLO for a compiled step; use cpu, gpu or tpu"
-        )
+        raise ValueError("this backend reports neither memory nor HLO for a compiled step; use cpu, gpu or tpu")
     return {
         "argument_bytes": int(memory.argument_size_in_bytes),
         "output_bytes": int(memory.output_size_in_bytes),

@@ -29,9 +29,7 @@ def config_and_parameters(chains, token_layout="fused", trajectories=EPISODES):
         chains.sequence_config(token_layout, trajectories=trajectories, episode_steps=1000 // REPEAT),
         observation_dim=5,
         action_dim=1,
-        normalisation=Normalisation(
-            observation_mean=(0.0,) * 5, observation_scale=(1.0,) * 5, return_scale=100.0
-        ),
+        normalisation=Normalisation(observation_mean=(0.0,) * 5, observation_scale=(1.0,) * 5, return_scale=100.0),
     )
     return config, nnx.split(make_model(config, nnx.Rngs(0)))[1]
 
@@ -55,9 +53,7 @@ def test_cached_rollouts_act_as_the_full_forward_pass_would(chains, environments
     )
     assert (rollouts.returns >= TARGET).any()
     steps = EPISODES * (1000 // REPEAT)
-    rows = [
-        chain_arrays(row, steps=steps, loss_on_best=False, target_return=TARGET) for row in rollouts.trajectories
-    ]
+    rows = [chain_arrays(row, steps=steps, loss_on_best=False, target_return=TARGET) for row in rollouts.trajectories]
     batch = ChainBatch(*(np.stack(columns) for columns in zip(*rows, strict=True)))
     parallel = SequenceParallel(mesh=make_mesh(MeshConfig(dp=1, sp=1)), layout="contiguous")
     model = nnx.merge(nnx.split(make_model(config, nnx.Rngs(0)))[0], parameters)

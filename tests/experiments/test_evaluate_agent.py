@@ -52,5 +52,3 @@ def test_bad_input(call_script, refused, tmp_path, run_dir):
     assert "no runs to evaluate" in complaint("runs=[]")
     assert "at least 1 episode and 2 rows" in complaint(f"runs=[{run_dir}]", "protocol.rows=1")
     assert not (tmp_path / "out").exists()
-
-

@@ -49,9 +49,7 @@ def at_step(state: TrainState, step: int) -> TrainState:
     return dataclasses.replace(state, step=jax.device_put(jnp.int32(step), state.step.sharding))
 
 
-def open_checkpointer(
-    folder: pathlib.Path, *, keep: int = 2, model_config: dict = MODEL_CONFIG
-) -> Checkpointer:
+def open_checkpointer(folder: pathlib.Path, *, keep: int = 2, model_config: dict = MODEL_CONFIG) -> Checkpointer:
     return Checkpointer(folder, keep=keep, model_config=model_config, extra={"token_layout": "rsa"})
 
 
@@ -127,9 +125,7 @@ def test_another_model_is_refused_key_by_key(tmp_path):
     with open_checkpointer(tmp_path) as checkpointer:
         checkpointer.save(make_state(sp=1))
     other = {**MODEL_CONFIG, "layers": 4, "rotary": {"base": 5e5}}
-    message = (
-        "layers: saved 2, wanted 4; rotary.base: saved 10000.0, wanted 500000.0; build the model as it was"
-    )
+    message = "layers: saved 2, wanted 4; rotary.base: saved 10000.0, wanted 500000.0; build the model as it was"
     with (
         open_checkpointer(tmp_path, model_config=other) as checkpointer,
         pytest.raises(ValueError, match=re.escape(message)),
@@ -165,9 +161,7 @@ def test_other_shapes_and_another_optimizer_are_refused_by_name(tmp_path):
         message = "parameters.head.kernel: saved 'bfloat16[8, 1]', wanted 'bfloat16[4, 1]'"
         with pytest.raises(ValueError, match=re.escape(message)):
             checkpointer.restore_latest(make_state(sp=1, width=4))
-        with pytest.raises(
-            ValueError, match=r"training\.optimizer\.1\.0\.count: saved 'int32\[\]', not wanted"
-        ):
+        with pytest.raises(ValueError, match=r"training\.optimizer\.1\.0\.count: saved 'int32\[\]', not wanted"):
             checkpointer.restore_latest(make_state(sp=1, optimizer=optax.sgd(1.0)))
 
 
@@ -217,9 +211,7 @@ def test_a_damaged_checkpoint_is_named_with_a_remedy(tmp_path):
     shutil.rmtree(tmp_path / "4" / "training")
     with (
         open_checkpointer(tmp_path) as checkpointer,
-        pytest.raises(
-            ValueError, match=r"/4 cannot be read .*; move that folder away to fall back"
-        ) as caught,
+        pytest.raises(ValueError, match=r"/4 cannot be read .*; move that folder away to fall back") as caught,
     ):
         checkpointer.restore_latest(make_state(sp=1))
     assert "\n" not in str(caught.value)
@@ -274,9 +266,7 @@ def test_a_save_cut_short_by_sigkill_never_counts(tmp_path):
     # Killed right after `save` returned, while the background thread was writing.
     assert half_written > 0
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.device_put(
-        TrainState(jnp.int32(0), {str(i): jnp.zeros((64, 64)) for i in range(40)}, {}), sharding
-    )
+    like = jax.device_put(TrainState(jnp.int32(0), {str(i): jnp.zeros((64, 64)) for i in range(40)}, {}), sharding)
     with Checkpointer(tmp_path, keep=2, model_config={}) as checkpointer:
         restored, metadata = checkpointer.restore_latest(like)
         assert int(restored.step) == metadata.step >= 4
@@ -352,9 +342,7 @@ def test_the_user_sees_a_full_disk_as_one_line(tmp_path):
 
 def test_a_writer_that_reports_no_space_is_explained(tmp_path, monkeypatch):
     # The words of the array writer, which knows no errno.
-    fault = ValueError(
-        "RESOURCE_EXHAUSTED: Failed to write 64 bytes: No space left on device [os_error_code='28']"
-    )
+    fault = ValueError("RESOURCE_EXHAUSTED: Failed to write 64 bytes: No space left on device [os_error_code='28']")
     with open_checkpointer(tmp_path) as checkpointer:
         checkpointer.save(at_step(make_state(sp=1), 1))
         checkpointer.wait()
@@ -364,8 +352,6 @@ def test_a_writer_that_reports_no_space_is_explained(tmp_path, monkeypatch):
                 checkpointer.save(at_step(make_state(sp=1), 2))
             assert caught.value.errno == errno.ENOSPC
             assert caught.value.filename == str(tmp_path)
-            patch.setattr(
-                checkpointer._manager, "save", lambda *_, **__: (_ for _ in ()).throw(KeyError("bug"))
-            )
+            patch.setattr(checkpointer._manager, "save", lambda *_, **__: (_ for _ in ()).throw(KeyError("bug")))
             with pytest.raises(KeyError):
                 checkpointer.save(at_step(make_state(sp=1), 2))

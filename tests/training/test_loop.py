@@ -111,18 +111,14 @@ def test_evaluation_comes_at_its_interval_and_at_the_end(tmp_path):
         return {"total": float(state.parameters["total"])}
 
     _, records = run(tmp_path, steps=7, evaluate_every=3, evaluate=evaluate)
-    evaluations = {
-        step: record["evaluation/total"] for step, record in records if "evaluation/total" in record
-    }
+    evaluations = {step: record["evaluation/total"] for step, record in records if "evaluation/total" in record}
     assert evaluations == {3: 3, 6: 15, 7: 21}
     assert [step for step, _ in records] == [2, 3, 4, 6, 7]
     with pytest.raises(ValueError, match="evaluate_every is 3, but there is no evaluation"):
         run(tmp_path, evaluate_every=3)
 
 
-@pytest.mark.parametrize(
-    ("bad_step", "last_good"), [(5, "that of step 4 in "), (2, "no checkpoint was saved")]
-)
+@pytest.mark.parametrize(("bad_step", "last_good"), [(5, "that of step 4 in "), (2, "no checkpoint was saved")])
 def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, bad_step, last_good):
     def batch_at(step: int) -> float:
         return float("nan") if step == bad_step else 1.0
@@ -164,9 +160,7 @@ def test_the_next_batch_is_prepared_while_a_step_runs(tmp_path):
     def step_function(state: TrainState, batch: jax.Array):
         upcoming = int(state.step) + 1
         if upcoming < 10:
-            assert started[upcoming].wait(timeout=10), (
-                f"batch {upcoming} waits for step {upcoming - 1} to end"
-            )
+            assert started[upcoming].wait(timeout=10), f"batch {upcoming} waits for step {upcoming - 1} to end"
         return add_batch(state, batch)
 
     assert int(run(tmp_path, batch_at=batch_at, step_function=step_function)[0].step) == 10
@@ -245,9 +239,7 @@ def test_the_progress_bar_shows_the_end(tmp_path, capsys):
     assert "steps/s" in shown
 
 
-@pytest.mark.parametrize(
-    "field", ["steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every"]
-)
+@pytest.mark.parametrize("field", ["steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every"])
 def test_intervals_must_be_positive(field):
     with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
         dataclasses.replace(LoopConfig(1, 1, 1, 1, None), **{field: 0})

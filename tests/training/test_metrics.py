@@ -35,9 +35,7 @@ def test_one_object_a_line_at_once(tmp_path):
 
 
 @given(written=st.integers(0, 12), resume_step=st.integers(0, 12), torn=st.integers(0, 20))
-def test_after_resuming_no_step_stands_twice_and_nothing_is_lost(
-    tmp_path_factory, written, resume_step, torn
-):
+def test_after_resuming_no_step_stands_twice_and_nothing_is_lost(tmp_path_factory, written, resume_step, torn):
     resume_step = min(resume_step, written)
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
     write_steps(path, range(1, written + 1))
@@ -75,15 +73,11 @@ def test_a_torn_last_line_is_tolerated_and_a_torn_middle_is_named(tmp_path):
         read_metrics(tmp_path / "absent.jsonl")
 
 
-@pytest.mark.skipif(
-    not os.path.exists("/dev/full"), reason="needs Linux's /dev/full, a file that is always full"
-)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full, a file that is always full")
 def test_a_full_disk_names_the_file(tmp_path):
     writer = JsonlWriter(tmp_path / "metrics.jsonl", resume_step=0)
     writer._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
-    with pytest.raises(
-        OSError, match=r"metrics cannot be written: No space left on device: .*metrics\.jsonl"
-    ):
+    with pytest.raises(OSError, match=r"metrics cannot be written: No space left on device: .*metrics\.jsonl"):
         writer.write(1, {"loss": 1.0})
     writer._file.close()
 

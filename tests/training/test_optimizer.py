@@ -27,9 +27,7 @@ CONFIG = OptimizerConfig(
 
 
 def with_schedule(schedule: str, *, warmup_steps: int = 10, final: float = 0.1) -> OptimizerConfig:
-    return dataclasses.replace(
-        CONFIG, schedule=schedule, warmup_steps=warmup_steps, final_learning_rate_fraction=final
-    )
+    return dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps, final_learning_rate_fraction=final)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
@@ -51,9 +49,7 @@ def test_decay_ends_at_its_fraction(schedule, middle, last):
 
 def test_cosine_follows_its_formula():
     expected = 1e-2 * (0.1 + 0.9 * (1 + math.cos(math.pi * 0.25)) / 2)
-    np.testing.assert_allclose(
-        learning_rate_at(with_schedule("cosine", warmup_steps=0), 25, 101), expected, rtol=1e-5
-    )
+    np.testing.assert_allclose(learning_rate_at(with_schedule("cosine", warmup_steps=0), 25, 101), expected, rtol=1e-5)
 
 
 @given(

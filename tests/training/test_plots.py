@@ -13,9 +13,7 @@ from ring_rl.training.plots import plot_learning_curve
 def write_run(folder, losses):
     folder.mkdir()
     path = folder / "metrics.jsonl"
-    path.write_text(
-        "".join(json.dumps({"step": i + 1, "loss": loss}) + "\n" for i, loss in enumerate(losses))
-    )
+    path.write_text("".join(json.dumps({"step": i + 1, "loss": loss}) + "\n" for i, loss in enumerate(losses)))
     return path
 
 

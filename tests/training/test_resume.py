@@ -37,9 +37,7 @@ def start_and_signal(folder: pathlib.Path, number: signal.Signals, *, after_reco
 
 def trajectory(folder: pathlib.Path) -> list[dict]:
     records = read_metrics(folder / "metrics.jsonl")
-    return [
-        {name: value for name, value in record.items() if name != "steps_per_second"} for record in records
-    ]
+    return [{name: value for name, value in record.items() if name != "steps_per_second"} for record in records]
 
 
 def test_resumed_after_sigkill_and_after_sigterm_equals_uninterrupted(tmp_path):

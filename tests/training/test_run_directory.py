@@ -63,9 +63,7 @@ def test_keys_that_say_nothing_about_the_result_may_differ(tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(
-        ValueError, match=r"not empty and holds no run \(it has thesis\.tex, but no config\.yaml"
-    ):
+    with pytest.raises(ValueError, match=r"not empty and holds no run \(it has thesis\.tex, but no config\.yaml"):
         open_run_directory(tmp_path, CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="is a file; choose another run_dir"):
@@ -94,9 +92,7 @@ def test_one_process_at_a_time_and_the_dead_do_not_count(tmp_path):
         "run = open_run_directory(pathlib.Path(sys.argv[1]), {'seed': 0})\n"
         "print('open', flush=True); time.sleep(60)"
     )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", source, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
+    holder = subprocess.Popen([sys.executable, "-c", source, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     try:
         assert holder.stdout.readline() == "open\n"

@@ -105,9 +105,7 @@ def test_an_empty_batch_has_loss_zero_and_moves_nothing():
     optimizer = optax.sgd(1.0)
     graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
     before = jax.device_get(state.parameters)
-    state, metrics = make_train_step(squared_error, graphdef, optimizer, mesh, seed=0)(
-        state, make_batch(0, weight=0.0)
-    )
+    state, metrics = make_train_step(squared_error, graphdef, optimizer, mesh, seed=0)(state, make_batch(0, weight=0.0))
     assert metrics["loss"] == 0
     assert metrics["gradient_norm"] == 0
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.parameters))

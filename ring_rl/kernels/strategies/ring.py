@@ -260,9 +260,7 @@ def _check_shapes(q: Array, k: Array, v: Array) -> None:
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q, k, v must be [batch, tokens, heads, head_dim], got {q.shape}, {k.shape}, {v.shape}")
     if k.shape != v.shape or k.dtype != v.dtype:
-        raise ValueError(
-            f"k and v must have one shape and dtype, got {k.shape} {k.dtype} and {v.shape} {v.dtype}"
-        )
+        raise ValueError(f"k and v must have one shape and dtype, got {k.shape} {k.dtype} and {v.shape} {v.dtype}")
     if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
         raise ValueError(
             f"q {q.shape} and k {k.shape} must agree in batch, local tokens and head dimension; "
