@@ -4,8 +4,14 @@ import os
 
 # Before the first import of jax: the backend reads both when it starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
+_FLAGS = {
+    "xla_force_host_platform_device_count": "8",
+    # The tests compile many programs and run each for milliseconds: do not optimise what will not run for long.
+    "xla_backend_optimization_level": "0",
+}
+for _flag, _value in _FLAGS.items():
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 from hypothesis import settings
