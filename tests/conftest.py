@@ -14,7 +14,7 @@ for _flag, _value in _FLAGS.items():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from hypothesis import settings
+from hypothesis import settings  # noqa: E402, after the environment that jax reads
 
 # Derandomized: a red run is red again on the next machine; no deadline: the first example compiles.
 settings.register_profile("ring_rl", deadline=None, max_examples=20, derandomize=True)

@@ -5,6 +5,7 @@ Every agent is a module with three views of one function:
     __call__(batch, parallel)   the action of every step of whole chains, for training
     act(memory, now)            the next action, given a memory of everything before
     observe(memory, now)        the memory with what that action led to
+    observe_and_act(memory, past, now)   both at once, for an outcome and the step that follows it
 
 `act` and `observe` in turn give the actions that `__call__` gives on the chain so far.
 """
@@ -116,6 +117,14 @@ class AgenticTransformer(nnx.Module):
             return memory
         return self.transformer.decode(self.embedding.after_action(now)[:, 0], memory)[1]
 
+    def observe_and_act(
+        self, memory: KVCache, past: ChainBatch, now: ChainBatch
+    ) -> tuple[Float[Array, "B A"], KVCache]:
+        """`act` after `observe`, reading the memory once instead of twice."""
+        tokens = jnp.concatenate([self.embedding.after_action(past), self.embedding.before_action(now)], axis=2)
+        x_BnM, memory = self.transformer.decode(tokens[:, 0], memory)
+        return self._actions(x_BnM[:, -1]), memory
+
     def _actions(self, x: Float[Array, "*b M"]) -> Float[Array, "*b A"]:
         return jnp.tanh(self.action_head(x))
 
@@ -170,6 +179,13 @@ class BehaviourCloning(nnx.Module):
         """Remembers nothing."""
         del now
         return memory
+
+    def observe_and_act(
+        self, memory: tuple[()], past: ChainBatch, now: ChainBatch
+    ) -> tuple[Float[Array, "B A"], tuple[()]]:
+        """`act`; there is nothing to remember."""
+        del past
+        return self.act(memory, now)
 
     def _actions(self, observations: Float[Array, "*b O"]) -> Float[Array, "*b A"]:
         x = self.config.normalisation.observations(observations)

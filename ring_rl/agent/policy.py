@@ -58,7 +58,7 @@ class ModelPolicy:
             parameters: PyTree, memory: Memory, past: ChainBatch, now: ChainBatch
         ) -> tuple[Array, Memory]:
             model: Any = nnx.merge(graphdef, parameters)
-            return model.act(model.observe(memory, past), now)
+            return model.observe_and_act(memory, past, now)
 
         self._begin = jax.jit(begin, static_argnums=1)
         # The memory is donated: a step writes a few slots in place instead of copying the whole cache.

@@ -127,12 +127,12 @@ class Transformer(nnx.Module):
         graphdef, parameters = nnx.split(self.blocks)
         positions = (cache.length + jnp.arange(x.shape[1]))[None]
 
-        def layer(x, operand):
-            parameters, layer_cache = operand
-            return nnx.merge(graphdef, parameters).decode(x, positions, layer_cache)
-
-        x, layers = jax.lax.scan(layer, x, (parameters, cache.layers))
-        return self.final_norm(x), KVCache(layers, cache.length + x.shape[1])
+        layers = []
+        for index, layer_cache in enumerate(cache.layers):
+            block = nnx.merge(graphdef, jax.tree.map(lambda parameter, index=index: parameter[index], parameters))
+            x, layer_cache = block.decode(x, positions, layer_cache)
+            layers.append(layer_cache)
+        return self.final_norm(x), KVCache(tuple(layers), cache.length + x.shape[1])
 
     def empty_cache(self, *, batch: int, capacity: int) -> KVCache:
         """A cache for `batch` sequences of at most `capacity` tokens."""

@@ -54,6 +54,11 @@ def test_acting_step_by_step_equals_the_whole_chain(chains, token_layout):
         now = ChainBatch(*(x[:, t : t + 1] for x in batch))
         action, memory = act(model, memory, now)
         np.testing.assert_allclose(action, expected[:, t], atol=1e-5, err_msg=f"step {t}")
+        if t == 4:
+            # An outcome and the step after it at once: the same.
+            after = ChainBatch(*(x[:, t + 1 : t + 2] for x in batch))
+            both, _ = nnx.jit(lambda model, *args: model.observe_and_act(*args))(model, memory, now, after)
+            np.testing.assert_allclose(both, expected[:, t + 1], atol=1e-5)
         memory = observe(model, memory, now)
     assert int(memory.length) == memory.capacity
 

@@ -22,7 +22,8 @@ def test_equals_the_last_rows_of_causal_attention(seed, length, new, spare, head
     q = jnp.asarray(generator.normal(size=(2, total, heads[0], 4)), jnp.float32)
     k, v = (jnp.asarray(generator.normal(size=(2, total, heads[1], 4)), jnp.float32) for _ in range(2))
     # Slots after the new tokens are not yet written; what lies in them must not matter.
-    fill = lambda x: jnp.pad(x, ((0, 0), (0, spare), (0, 0), (0, 0)), constant_values=1e4)  # noqa: E731
+    heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    fill = lambda x: jnp.pad(heads_first(x), ((0, 0), (0, 0), (0, spare), (0, 0)), constant_values=1e4)  # noqa: E731
     got = decode_attention(q[:, length:], fill(k), fill(v), length=jnp.int32(length))
     expected, _ = reference_attention(q, k, v, mask=CAUSAL)
     np.testing.assert_allclose(got, expected[:, length:], atol=1e-5)
