@@ -7,6 +7,7 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 BIN := .venv/bin
+INSTALL := --constraint constraints.txt --editable '.[simulator,development]'
 
 .PHONY: demo test check format setup constraints memory clean
 
@@ -36,10 +37,11 @@ setup: .venv/ready
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed; install one or set PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "setting up .venv with $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@# uv installs in seconds what takes pip minutes; pip serves where uv can't be had.
-	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5' 2>/dev/null; \
-	then $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[simulator,development]'; \
-	else $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[simulator,development]'; fi
+	@# uv installs in seconds what takes pip minutes; pip serves where uv can't be had or can't connect.
+	@{ $(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5' && \
+	  UV_NATIVE_TLS=1 UV_SYSTEM_CERTS=1 $(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL); } 2>.venv/uv.log || \
+	  { echo "uv could not install (see .venv/uv.log); pip goes on, which takes some minutes"; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check $(INSTALL); }
 	@touch .venv/ready
 
 # Exact versions for every supported Python, from pyproject.toml.
