@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ring_rl.agent.atomic_file import atomic_file
 from ring_rl.agent.evaluation import (
     ProtocolConfig,
     Result,
@@ -29,6 +28,7 @@ from ring_rl.agent.evaluation import (
 from ring_rl.agent.plots import plot_return_by_episode, plot_returns_in_data
 from ring_rl.agent.policy import Policy, UniformPolicy
 from ring_rl.agent.rollout import Rollouts
+from ring_rl.atomic_file import write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve
 from ring_rl.training.provenance import device_description, git_commit, versions
@@ -142,8 +142,7 @@ def evaluate_agents(config: EvaluateAgentConfig) -> None:
         ("summary.json", json.dumps(summary, indent=2) + "\n"),
         ("table.md", markdown_table(rows)),
     ):
-        with atomic_file(config.output / name, overwrite=True) as temporary:
-            temporary.write_text(text)
+        write_whole(config.output / name, text)
     pictures = [config.output / "return_by_episode.png", config.output / "returns_in_data.png"]
     plot_return_by_episode(results, data_returns, pictures[0], title=task)
     plot_returns_in_data(results, data_returns, pictures[1], title=task)

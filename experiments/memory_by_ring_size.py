@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ring_rl.agent.agents import SequenceAgentConfig, sequence_model_config
-from ring_rl.agent.atomic_file import atomic_file
 from ring_rl.agent.chain_batch import empty_batch
 from ring_rl.agent.evaluation import markdown_table
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import make_model
 from ring_rl.agent.tokens import Normalisation, tokens_per_step
+from ring_rl.atomic_file import atomic_file, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve
 from ring_rl.kernels.layout import Layout
@@ -43,6 +43,7 @@ class MemoryConfig:
     action_dim: int
     output: Path
     agent: SequenceAgentConfig
+    optimizer: OptimizerConfig
 
 
 def compiled_memory(config: MemoryConfig, ring_size: int) -> dict[str, int]:
@@ -57,20 +58,7 @@ def compiled_memory(config: MemoryConfig, ring_size: int) -> dict[str, int]:
         action_dim=config.action_dim,
         normalisation=Normalisation.identity(config.observation_dim),
     )
-    optimizer = make_optimizer(
-        OptimizerConfig(
-            name="adamw",
-            learning_rate=1e-3,
-            weight_decay=0.0,
-            beta1=0.9,
-            beta2=0.98,
-            warmup_steps=0,
-            schedule="constant",
-            final_learning_rate_fraction=1.0,
-            gradient_clip_norm=1.0,
-        ),
-        total_steps=1,
-    )
+    optimizer = make_optimizer(config.optimizer, total_steps=config.optimizer.warmup_steps + 1)
     graphdef, state = create_state(lambda rngs: make_model(model, rngs), optimizer, seed=0, mesh=mesh)
     batch = empty_batch(
         batch_size=1, steps=config.steps, observation_dim=config.observation_dim, action_dim=config.action_dim
@@ -95,10 +83,8 @@ def write_results(config: MemoryConfig, reports: list[dict[str, int]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(reports[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(reports)
-    with atomic_file(config.output / "memory.csv", overwrite=True) as temporary:
-        temporary.write_text(text.getvalue())
-    with atomic_file(config.output / "table.md", overwrite=True) as temporary:
-        temporary.write_text(markdown_table(memory_rows(reports)))
+    write_whole(config.output / "memory.csv", text.getvalue())
+    write_whole(config.output / "table.md", markdown_table(memory_rows(reports)))
     sizes = np.array([report["ring_size"] for report in reports])
     total = np.array([report["argument_bytes"] + report["temporary_bytes"] for report in reports]) / 2**20
     figure = Figure(figsize=(5.6, 4.0), layout="constrained")
@@ -148,8 +134,7 @@ def measure(config: MemoryConfig) -> None:
         "device": device_description(),
         "versions": versions("ring_rl", "jax", "jaxlib"),
     }
-    with atomic_file(config.output / "summary.json", overwrite=True) as temporary:
-        temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(config.output / "summary.json", json.dumps(summary, indent=2) + "\n")
     table = Table(*memory_rows(reports)[0])
     total = lambda report: report["argument_bytes"] + report["temporary_bytes"]  # noqa: E731
     for row in memory_rows(reports)[1:]:

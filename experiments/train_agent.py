@@ -15,6 +15,7 @@ from ring_rl.agent.chain_batch import BatchLayout, ChainBatch, ChainSampler
 from ring_rl.agent.data import DataConfig, load_episodes
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import make_model
+from ring_rl.atomic_file import write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve
 from ring_rl.kernels.layout import Layout
@@ -25,7 +26,7 @@ from ring_rl.training.mesh import MeshConfig, batch_sharding, describe_mesh, mak
 from ring_rl.training.metrics import ConsoleWriter, JsonlWriter, WandbConfig, WandbWriter
 from ring_rl.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
 from ring_rl.training.plots import plot_learning_curve
-from ring_rl.training.run_directory import open_run_directory, write_whole
+from ring_rl.training.run_directory import open_run_directory
 from ring_rl.training.state import create_state
 from ring_rl.training.step import compile_step, compiled_report, make_train_step
 

@@ -43,7 +43,7 @@ def test_import_contracts_can_fail(tmp_path):
     for room in ("kernels", "nn", "training", "agent"):
         (package / room).mkdir(parents=True)
         (package / room / "__init__.py").touch()
-    for name in ("__init__", "config", "typing", "hydra_config"):
+    for name in ("__init__", "atomic_file", "config", "typing", "hydra_config"):
         (package / f"{name}.py").touch()
     (package / "kernels" / "bad.py").write_text("import ring_rl.agent\n")
     (tmp_path / "pyproject.toml").write_text((REPOSITORY / "pyproject.toml").read_text())

@@ -11,9 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from ring_rl.agent.atomic_file import atomic_file
 from ring_rl.agent.domains import DOMAINS
 from ring_rl.agent.download import download, unpack
+from ring_rl.atomic_file import atomic_file
 from ring_rl.config import exit_on_bad_input
 
 ALGORITHMS = ("aps", "diayn", "disagreement", "icm", "icm_apt", "proto", "random", "rnd", "smm")

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from ring_rl.agent.atomic_file import atomic_file
+from ring_rl.atomic_file import atomic_file
 
 __all__ = ["Unpacked", "download", "unpack"]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ring_rl.agent.atomic_file import atomic_file
 from ring_rl.agent.model import BehaviourCloningConfig, ModelConfig, SequenceModelConfig
 from ring_rl.agent.policy import ModelPolicy, Policy
 from ring_rl.agent.rollout import Rollouts, reset_seeds, roll_out
 from ring_rl.agent.statistics import Scores, estimate, score
+from ring_rl.atomic_file import write_whole
 from ring_rl.config import from_mapping
 from ring_rl.training.checkpoint import load_for_evaluation
 from ring_rl.typing import Float64
@@ -166,8 +166,7 @@ def write_returns(results: Sequence[Result], protocol: ProtocolConfig, path: Pat
         for training_seed, rollouts in zip(result.seeds, result.rollouts, strict=True):
             for (row, episode), value in np.ndenumerate(rollouts.returns):
                 writer.writerow([result.label, training_seed, row, episode, seeds[row, episode], f"{value:.6g}"])
-    with atomic_file(path, overwrite=True) as temporary:
-        temporary.write_text(text.getvalue())
+    write_whole(path, text.getvalue())
 
 
 def table_rows(results: Sequence[Result], data_returns: Float64[np.ndarray, " E"]) -> list[list[str]]:

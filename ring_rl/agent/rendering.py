@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from ring_rl.agent.atomic_file import atomic_file
 from ring_rl.agent.domains import DOMAINS, parse_task
+from ring_rl.atomic_file import atomic_file
 from ring_rl.typing import Float64, Int
 
 __all__ = ["BACKENDS", "Rendering", "render_contact_sheet", "render_video"]

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import rich
 from rich.console import Console
 
-from ring_rl.training.run_directory import write_whole
+from ring_rl.atomic_file import write_whole
 
 __all__ = ["ConsoleWriter", "JsonlWriter", "MetricsWriter", "WandbConfig", "WandbWriter", "read_metrics"]
 

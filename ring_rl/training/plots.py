@@ -6,8 +6,8 @@ import io
 import pathlib
 from collections.abc import Sequence
 
+from ring_rl.atomic_file import write_whole
 from ring_rl.training.metrics import read_metrics
-from ring_rl.training.run_directory import write_whole
 
 __all__ = ["plot_learning_curve"]
 

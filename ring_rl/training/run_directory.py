@@ -18,9 +18,10 @@ from typing import IO, Any
 
 import yaml
 
+from ring_rl.atomic_file import write_whole
 from ring_rl.config import describe_differences
 
-__all__ = ["RunDirectory", "open_run_directory", "write_whole"]
+__all__ = ["RunDirectory", "open_run_directory"]
 
 _LOCK = "run.lock"
 _CONFIG = "config.yaml"
@@ -106,27 +107,14 @@ def open_run_directory(
         raise
 
 
-def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-    """Write a file so that it is found whole or as it was before, whenever the process dies."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    data = content.encode() if isinstance(content, str) else content
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _strangers(path: pathlib.Path) -> list[str]:
     """What lies in a folder that neither a run cut off at its birth nor Hydra's own log would leave."""
-    return sorted(
-        entry.name
-        for entry in path.iterdir()
-        if entry.name not in (_LOCK, ".hydra") and not (entry.name.startswith(f".{_CONFIG}.") or entry.suffix == ".log")
-    )
+    half_written = f".{pathlib.Path(_CONFIG).stem}."
+
+    def belongs(name: str) -> bool:
+        return name in (_LOCK, ".hydra") or name.startswith(half_written) or name.endswith(".log")
+
+    return sorted(entry.name for entry in path.iterdir() if not belongs(entry.name))
 
 
 def _take_lock(path: pathlib.Path) -> IO[str]:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ring_rl.kernels.local.block import select_block
 from ring_rl.kernels.local.xla import XlaBlock
 from ring_rl.kernels.mask import CAUSAL, FULL
 from ring_rl.kernels.reference import reference_attention
@@ -74,3 +75,9 @@ def test_very_negative_log_sum_exp_does_not_overflow_padding():
 def test_block_size_must_be_positive():
     with pytest.raises(ValueError, match="block_size must be at least 1 token, got 0"):
         XlaBlock(block_size=0)
+
+
+def test_auto_says_which_block_runs(caplog):
+    with caplog.at_level("INFO", logger="ring_rl"):
+        assert select_block("auto", block_size=8) == XlaBlock(block_size=8)
+    assert "local attention block: xla" in caplog.text

@@ -9,7 +9,8 @@ import sys
 import pytest
 import yaml
 
-from ring_rl.training.run_directory import open_run_directory, write_whole
+from ring_rl.atomic_file import write_whole
+from ring_rl.training.run_directory import open_run_directory
 
 CONFIG = {
     "seed": 0,
@@ -74,7 +75,7 @@ def test_what_hydra_or_an_early_death_left_is_no_obstacle(tmp_path):
     (tmp_path / ".hydra").mkdir()
     (tmp_path / "train.log").touch()
     (tmp_path / "run.lock").touch()
-    (tmp_path / ".config.yaml.1.tmp").touch()
+    (tmp_path / ".config.abc123.yaml").touch()
     with open_run_directory(tmp_path, CONFIG) as run:
         assert not run.resumed
 

@@ -4,10 +4,13 @@ A strategy (ring, ...) cuts global attention into rectangles that are either ful
 block for each, and merges. So a block knows nothing of devices, layouts or masks beyond `causal`.
 """
 
+import logging
 from typing import Literal, Protocol
 
 from ring_rl.kernels.local.xla import XlaBlock
 from ring_rl.typing import Array, Float, Float32
+
+_log = logging.getLogger(__name__)
 
 LocalName = Literal["auto", "xla"]
 LOCAL_NAMES: tuple[LocalName, ...] = ("auto", "xla")
@@ -51,9 +54,11 @@ class LocalBlock(Protocol):
 
 
 def select_block(local: LocalName | LocalBlock, *, block_size: int) -> LocalBlock:
-    """The block called `local`; "auto" takes the best one that serves here (today there is only XLA's)."""
+    """The block called `local`; "auto" takes the best one that serves here and logs which (today only XLA's)."""
     if not isinstance(local, str):
         return local
     if local not in LOCAL_NAMES:
         raise ValueError(f"unknown local block {local!r}; choose one of {', '.join(LOCAL_NAMES)}")
+    if local == "auto":
+        _log.info("local attention block: xla")
     return XlaBlock(block_size=block_size)

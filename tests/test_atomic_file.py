@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from ring_rl.agent.atomic_file import atomic_file
+from ring_rl.atomic_file import atomic_file
 
 
 def test_a_file_appears_with_its_content_only(tmp_path):

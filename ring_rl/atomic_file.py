@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["atomic_file"]
+__all__ = ["atomic_file", "write_whole"]
 
 
 @contextlib.contextmanager
@@ -42,6 +42,12 @@ def atomic_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
             _move_without_overwriting(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file so that it is found whole or as it was before, whenever the process dies."""
+    with atomic_file(path, overwrite=True) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _move_without_overwriting(temporary: Path, path: Path) -> None:
