@@ -29,7 +29,7 @@ format: setup
 
 # Compiled memory a device at 64K tokens for rings of 1, 2, 4 and 8.
 memory: setup
-	$(BIN)/python experiments/memory_by_ring_size.py
+	$(BIN)/python experiments/memory_by_ring_size.py overwrite=true
 
 setup: .venv/ready
 

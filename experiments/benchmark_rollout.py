@@ -15,7 +15,7 @@ from ring_rl.agent.policy import ModelPolicy
 from ring_rl.agent.rollout import reset_seeds, roll_out
 from ring_rl.agent.tokens import Normalisation, tokens_per_step
 from ring_rl.config import exit_on_bad_input, from_mapping
-from ring_rl.hydra_config import resolve
+from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.training.provenance import device_description
 
 
@@ -72,4 +72,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

@@ -30,8 +30,17 @@ from ring_rl.agent.policy import Policy, UniformPolicy
 from ring_rl.agent.rollout import Rollouts
 from ring_rl.atomic_file import write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
-from ring_rl.hydra_config import resolve
+from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.training.provenance import device_description, git_commit, versions
+
+OUTPUTS = (
+    "returns.csv",
+    "summary.json",
+    "table.md",
+    "return_by_episode.png",
+    "returns_in_data.png",
+    "contact_sheet.png",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,17 @@ def entries_of(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[
     return entries
 
 
+def check_episode_length(agents: list[TrainedAgent], control_steps: int) -> None:
+    """Raises ValueError if an agent's context was made for shorter or longer episodes than the task has."""
+    for agent in agents:
+        trained = getattr(agent.model_config, "episode_steps", None)
+        if trained is not None and trained * agent.action_repeat != control_steps:
+            raise ValueError(
+                f"{agent.label} was trained on episodes of {trained * agent.action_repeat} control steps, "
+                f"{agent.task} has {control_steps}; train on whole episodes of the task"
+            )
+
+
 def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[Result]:
     """Every entry under the protocol, with progress."""
     from ring_rl.agent.environment import make_vector_environment
@@ -93,6 +113,7 @@ def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[
             environments = make_vector_environment(
                 agents[0].task, count=config.protocol.rows, action_repeat=entry.action_repeat
             )
+            check_episode_length(agents, environments.envs[0].unwrapped.episode_steps * entry.action_repeat)
             rollouts = evaluate(
                 entry.policy,
                 environments,
@@ -111,9 +132,10 @@ def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[
 
 def evaluate_agents(config: EvaluateAgentConfig) -> None:
     """Rolls out, prints a table, writes CSV, Markdown, JSON and pictures."""
-    if (config.output / "returns.csv").exists() and not config.overwrite:
+    taken = [name for name in OUTPUTS if (config.output / name).exists()]
+    if taken and not config.overwrite:
         raise FileExistsError(
-            f"{config.output} holds an evaluation already; choose another output or set overwrite=true"
+            f"{config.output} holds {', '.join(taken)} already; choose another output or set overwrite=true"
         )
     agents = [load_agent(run) for run in config.runs]
     check_comparable(agents)
@@ -200,4 +222,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

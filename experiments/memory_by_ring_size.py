@@ -22,7 +22,7 @@ from ring_rl.agent.model import make_model
 from ring_rl.agent.tokens import Normalisation, tokens_per_step
 from ring_rl.atomic_file import atomic_file, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
-from ring_rl.hydra_config import resolve
+from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh, request_virtual_devices
@@ -30,6 +30,8 @@ from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
 from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.training.state import create_state
 from ring_rl.training.step import compile_step, compiled_report, make_train_step
+
+OUTPUTS = ("memory.csv", "table.md", "memory.png", "summary.json")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,13 @@ class MemoryConfig:
     observation_dim: int
     action_dim: int
     output: Path
+    overwrite: bool
     agent: SequenceAgentConfig
     optimizer: OptimizerConfig
+
+    def __post_init__(self) -> None:
+        if not self.ring_sizes or min(self.ring_sizes) < 1:
+            raise ValueError(f"ring_sizes must hold at least one size of 1 or more, got {list(self.ring_sizes)}")
 
 
 def compiled_memory(config: MemoryConfig, ring_size: int) -> dict[str, int]:
@@ -103,7 +110,7 @@ def write_results(config: MemoryConfig, reports: list[dict[str, int]]) -> None:
 
 def memory_rows(reports: list[dict[str, int]]) -> list[list[str]]:
     """The header and a row a ring size, as text."""
-    rows = [["ring size", "tokens a device", "MiB a device", "of a ring of 1"]]
+    rows = [["ring size", "tokens a device", "MiB a device", f"of a ring of {reports[0]['ring_size']}"]]
     whole = reports[0]["argument_bytes"] + reports[0]["temporary_bytes"]
     for report in reports:
         total = report["argument_bytes"] + report["temporary_bytes"]
@@ -120,6 +127,11 @@ def memory_rows(reports: list[dict[str, int]]) -> list[list[str]]:
 
 def measure(config: MemoryConfig) -> None:
     """Compiles for every ring size and reports."""
+    taken = [name for name in OUTPUTS if (config.output / name).exists()]
+    if taken and not config.overwrite:
+        raise FileExistsError(
+            f"{config.output} holds {', '.join(taken)} already; choose another output or set overwrite=true"
+        )
     request_virtual_devices(max(config.ring_sizes))
     console = Console()
     with console.status("compiling") as status:
@@ -152,4 +164,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

@@ -10,14 +10,16 @@ import jax
 import numpy as np
 from omegaconf import DictConfig
 
-from ring_rl.agent.agents import AgentConfig, model_config, training_episodes
+from ring_rl.agent.agents import AgentConfig, SequenceAgentConfig, model_config, training_episodes
 from ring_rl.agent.chain_batch import BatchLayout, ChainBatch, ChainSampler
 from ring_rl.agent.data import DataConfig, load_episodes
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import make_model
+from ring_rl.agent.tokens import tokens_per_step
 from ring_rl.atomic_file import write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
-from ring_rl.hydra_config import resolve
+from ring_rl.hydra_config import resolve, run_entry_point
+from ring_rl.kernels.feedforward import check_chunks
 from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.checkpoint import Checkpointer
@@ -63,6 +65,8 @@ MAY_DIFFER = ("run_dir", "data.root", "virtual_devices", "wandb", "loop.log_ever
 
 def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
     """Trains until the last step, from the last checkpoint if the run folder has one."""
+    if config.loop.evaluate_every is not None:
+        raise ValueError("this script does not evaluate while it trains; set loop.evaluate_every=null")
     request_virtual_devices(config.virtual_devices)
     mesh = make_mesh(config.mesh)
     parallel = SequenceParallel(mesh=mesh, layout=config.batch.layout)
@@ -75,6 +79,9 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         seed=config.seed,
     )
     parallel.check(config.batch.batch_size, sampler.steps)
+    if isinstance(config.agent, SequenceAgentConfig):
+        tokens = sampler.steps * tokens_per_step(config.agent.token_layout)
+        check_chunks(tokens, chunks=config.agent.transformer.feed_forward_chunks)
 
     def batch_at(step: int) -> ChainBatch:
         batch = sampler.batch_at(step)
@@ -101,6 +108,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
             print(f"continues from step {int(state.step)} of {run.path}")
         start, seconds = int(state.step), time.perf_counter()
         if start == config.loop.steps:
+            plot_learning_curve(run.metrics, run.plots / "learning_curve.png")
             print(f"{run.path} is complete; raise loop.steps in a new run_dir to train for longer")
             return
 
@@ -157,4 +165,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-__all__ = ["resolve"]
+__all__ = ["resolve", "run_entry_point"]
 
 
 def resolve(config: DictConfig) -> dict[str, Any]:
@@ -31,3 +36,35 @@ def resolve(config: DictConfig) -> dict[str, Any]:
     if not isinstance(resolved, dict):
         raise ValueError(f"the configuration must be a mapping, got {type(resolved).__name__}")
     return {str(key): value for key, value in resolved.items()}
+
+
+def run_entry_point(main: Callable[[], Any]) -> None:
+    """Calls a `@hydra.main` function; what is wrong with the command line becomes one line and exit code 1.
+
+    Hydra itself answers a misspelt key with five lines that advise to add it. HYDRA_FULL_ERROR=1 in the environment
+    brings its own messages and traceback back.
+    """
+    from hydra.errors import HydraException
+
+    if "HYDRA_FULL_ERROR" in os.environ:
+        main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise instead of printing
+    try:
+        main()
+    except HydraException as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _one_line(error: BaseException) -> str:
+    override = re.search(r"Could not override '([^']+)'", str(error))
+    parent = getattr(error.__cause__, "parent_node", None)
+    if override is None or parent is None:
+        return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    key, allowed = override[1], [str(name) for name in parent]
+    nearest = difflib.get_close_matches(key.rsplit(".", 1)[-1], allowed, n=1)
+    guess = f"did you mean '{nearest[0]}'? " if nearest else ""
+    return f"unknown key '{key}'; {guess}the keys there are {', '.join(allowed)}"

@@ -13,7 +13,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ring_rl.config import exit_on_bad_input, from_mapping
-from ring_rl.hydra_config import resolve
+from ring_rl.hydra_config import resolve, run_entry_point
 
 
 @hydra.main(config_path="../../conf", config_name="collect", version_base="1.3")
@@ -32,4 +32,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

@@ -36,6 +36,9 @@ class SequenceAgentConfig:
     transformer: TransformerConfig
 
     def __post_init__(self) -> None:
+        for name in ("return_octaves", "time_octaves"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"agent.{name} must be at least 0, got {getattr(self, name)}")
         if self.name == "decision_transformer" and self.chain.trajectories != 1:
             raise ValueError(
                 f"a decision transformer reads one trajectory, got agent.chain.trajectories="

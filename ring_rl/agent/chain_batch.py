@@ -60,6 +60,10 @@ class BatchLayout:
     layout: Layout
     pad_to_ring: bool
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch.batch_size must be at least 1, got {self.batch_size}")
+
     def padded_steps(self, steps: int) -> int:
         """The columns of a batch whose chains have at most `steps` steps.
 

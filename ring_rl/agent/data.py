@@ -75,7 +75,13 @@ def _check_rewards_are_of(task: str, folder: Path) -> None:
     record = folder / "collection.json"
     if not record.exists():
         return
-    collected_for = json.loads(record.read_text())["settings"]["task"]
+    try:
+        collected_for = json.loads(record.read_text())["settings"]["task"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{record} does not say for which task it was collected; restore it, or move it away if it is not "
+            "collect.py's"
+        ) from error
     if collected_for != task:
         raise ValueError(
             f"{folder} holds the rewards of {collected_for}, not of {task}; "

@@ -85,6 +85,18 @@ class Result:
         return np.concatenate([each.returns for each in self.rollouts])
 
     @property
+    def samples(self) -> Float64[np.ndarray, "samples episodes"]:
+        """Independent samples: training seeds, averaged over their rows, where there are several; else rows."""
+        if len(self.rollouts) == 1:
+            return self.rollouts[0].returns
+        return np.array([each.returns.mean(axis=0) for each in self.rollouts])
+
+    @property
+    def sample_kind(self) -> str:
+        """What a sample is."""
+        return "environment seeds" if len(self.rollouts) == 1 else "training seeds"
+
+    @property
     def scores(self) -> Scores:
         """Over training seeds where there are several (each one's average counts once), else over rows."""
         if len(self.rollouts) == 1:
@@ -123,8 +135,24 @@ def load_agent(run_directory: Path) -> TrainedAgent:
 
 
 def check_comparable(agents: Sequence[TrainedAgent]) -> None:
-    """Raises ValueError unless all agents share task, action repeat and data set."""
+    """Raises ValueError unless all agents share task, action repeat and data set.
+
+    Runs under one label count as training seeds of one agent, so they must differ in the seed and in nothing else.
+    """
     first = agents[0]
+    seen: dict[str, list[TrainedAgent]] = {}
+    for agent in agents:
+        for twin in seen.setdefault(agent.label, []):
+            if agent.seed == twin.seed:
+                raise ValueError(
+                    f"two runs of {agent.label} have seed {agent.seed}; give each run once, each seed once"
+                )
+            if (agent.model_config, agent.step) != (twin.model_config, twin.step):
+                raise ValueError(
+                    f"two runs called {agent.label} differ in more than the seed (model or training steps); "
+                    "evaluate them apart"
+                )
+        seen[agent.label].append(agent)
     for other in agents[1:]:
         for name in ("task", "action_repeat"):
             if getattr(other, name) != getattr(first, name):
@@ -171,10 +199,18 @@ def write_returns(results: Sequence[Result], protocol: ProtocolConfig, path: Pat
 
 def table_rows(results: Sequence[Result], data_returns: Float64[np.ndarray, " E"]) -> list[list[str]]:
     """The header and one row an agent, then the data, as text."""
-    rows = [["agent", "mean of episodes", "last episode", "best episode", "seeds"]]
+    rows = [["agent", "mean of episodes", "last episode", "best episode", "samples"]]
     for result in results:
         scores = result.scores
-        rows.append([result.label, str(scores.mean), str(scores.last), str(scores.best), str(scores.mean.seeds)])
+        rows.append(
+            [
+                result.label,
+                str(scores.mean),
+                str(scores.last),
+                str(scores.best),
+                f"{scores.mean.seeds} {result.sample_kind}",
+            ]
+        )
     mean, p75, best = data_returns.mean(), np.quantile(data_returns, 0.75), data_returns.max()
     rows.append([f"data ({len(data_returns)} episodes)", f"{mean:.0f}", "", f"{best:.0f}", ""])
     rows.append(["data, 75th percentile", f"{p75:.0f}", "", "", ""])

@@ -39,6 +39,9 @@ class ChainConfig:
     def __post_init__(self) -> None:
         if self.trajectories < 1:
             raise ValueError(f"chain.trajectories must be at least 1, got {self.trajectories}")
+        # e^-100 of the best episode's chance is still a positive float; far beyond, no second episode could be drawn.
+        if not 0 <= self.rank_temperature <= 100:
+            raise ValueError(f"chain.rank_temperature must lie in [0, 100], got {self.rank_temperature}")
 
 
 def sampling_probabilities(returns: Float64[np.ndarray, " E"], config: ChainConfig) -> Float64[np.ndarray, " E"]:

@@ -15,15 +15,15 @@ from ring_rl.typing import Float64
 def plot_return_by_episode(
     results: Sequence[Result], data_returns: Float64[np.ndarray, " E"], path: Path, *, title: str
 ) -> None:
-    """The return against the episode's index in context: a line an agent, with 95% intervals over rows.
+    """The return against the episode's index in context: a line an agent, with 95% intervals over the samples of the table.
 
-    Every index starts from the same set of initial states, so a slope is the context's doing (or that of the
-    index itself, which the agent also reads: compare the line with the context cleared).
+    Initial states differ from index to index but are the same for every agent: what the context does is the
+    difference to the same agent with its context cleared.
     """
     figure = Figure(figsize=(6.8, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for number, result in enumerate(results):
-        estimates = [estimate(column) for column in result.returns.T]
+        estimates = [estimate(column) for column in result.samples.T]
         means = np.array([each.mean for each in estimates])
         margins = np.array([each.high - each.mean for each in estimates])
         # Side by side rather than on top of one another.

@@ -30,13 +30,12 @@ class Rollouts:
 
 
 def reset_seeds(*, rows: int, episodes: int, seed: int) -> Int[np.ndarray, "rows episodes"]:
-    """Which initial state every episode starts from.
+    """Which initial state every episode starts from: each its own, so that rows are independent samples.
 
-    Row r starts its episode e from state (r + e) mod rows, so that every episode index sees the same `rows`
-    states, once each: how the return moves with the index is then not a matter of which states came when.
+    Two policies under one protocol see the same states at the same places; that is what makes an agent with its
+    context carried over comparable, episode by episode, with the same agent whose context is cleared.
     """
-    states = (np.arange(rows)[:, None] + np.arange(episodes)[None, :]) % rows
-    return seed * 100_003 + states
+    return seed * 100_003 + np.arange(rows * episodes).reshape(rows, episodes)
 
 
 def roll_out(
@@ -50,8 +49,7 @@ def roll_out(
 ) -> Rollouts:
     """Runs `policy` for n episodes in each row of a Gymnasium vector environment.
 
-    The context is emptied when it holds as many episodes as the policy can remember: a Decision Transformer
-    starts anew with every episode, an Agentic Transformer after its whole chain.
+    A policy that remembers one episode, such as a Decision Transformer, starts anew with each.
 
     Args:
         policy: Acts in all rows at once.
@@ -62,12 +60,18 @@ def roll_out(
         on_episode: Called with each episode's index when it ends.
 
     Raises:
-        ValueError: The seeds and the environments disagree in the number of rows.
+        ValueError: The seeds and the environments disagree in the number of rows, or the episodes do not fit into
+            the context of a policy that carries one.
         RuntimeError: Some rows ended before others.
     """
     rows, episodes = seeds.shape
     if rows != environments.num_envs:
         raise ValueError(f"{rows} rows of seeds for {environments.num_envs} environments; give one row each")
+    if carry_context and 1 < policy.context_trajectories < episodes:
+        raise ValueError(
+            f"{episodes} episodes do not fit into one context of {policy.context_trajectories}; lower the number of "
+            "episodes, or train with a larger chain.trajectories"
+        )
     recorded: list[list[Trajectory]] = [[] for _ in range(rows)]
     for episode in range(episodes):
         index = episode % policy.context_trajectories if carry_context else 0

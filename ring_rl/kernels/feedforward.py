@@ -8,6 +8,14 @@ import jax.numpy as jnp
 from ring_rl.typing import Array, Float
 
 
+def check_chunks(tokens: int, *, chunks: int) -> None:
+    """Raises ValueError unless `chunks` equal steps cover `tokens`."""
+    if chunks < 1 or tokens % chunks:
+        raise ValueError(
+            f"{tokens} tokens cannot be cut into {chunks} feed-forward chunks; choose a divisor of the token count"
+        )
+
+
 def blockwise_feedforward(
     function: Callable[[Float[Array, "B c M"]], Float[Array, "B c M"]],
     x: Float[Array, "B T M"],
@@ -27,10 +35,7 @@ def blockwise_feedforward(
         ValueError: `chunks` does not divide T.
     """
     B, T, M = x.shape
-    if chunks < 1 or T % chunks:
-        raise ValueError(
-            f"{T} tokens cannot be cut into {chunks} feed-forward chunks; choose a divisor of the token count"
-        )
+    check_chunks(T, chunks=chunks)
     if chunks == 1:
         return function(x)
     x_nBcM = jnp.moveaxis(x.reshape(B, T // chunks, chunks, M), 2, 0)

@@ -101,12 +101,17 @@ def test_a_full_context_is_emptied(chains, environments):
     np.testing.assert_array_equal(rollouts.returns[:, 0], rollouts.returns[:, 1])
 
 
-def test_every_episode_index_starts_from_the_same_states():
+def test_every_episode_has_a_state_of_its_own():
+    """Rows that shared initial states would not be independent samples, and intervals over them too narrow."""
     seeds = reset_seeds(rows=5, episodes=4, seed=3)
-    for episode in range(4):
-        assert sorted(seeds[:, episode]) == sorted(seeds[:, 0])
-    assert all(len(set(row)) == 4 for row in seeds)
+    assert len(set(seeds.flat)) == 20
     assert not set(seeds.flat) & set(reset_seeds(rows=5, episodes=4, seed=4).flat)
+
+
+def test_more_episodes_than_a_context_holds_are_refused(chains, environments):
+    config, parameters = config_and_parameters(chains)
+    with pytest.raises(ValueError, match="3 episodes do not fit into one context of 2"):
+        roll_out(ModelPolicy(config, parameters), environments, seeds=np.zeros((ROWS, 3), int), target_return=1.0)
 
 
 def test_random_rows_differ_and_repeat():

@@ -52,11 +52,12 @@ def test_several_training_seeds_count_once_each():
     scores = Result("agent", (0, 1), (first, second)).scores
     assert (scores.mean.mean, scores.last.mean, scores.mean.seeds) == (4.0, 5.0, 2)
     assert Result("agent", (0,), (first,)).scores.mean.seeds == 2
+    assert Result("agent", (0, 1), (first, second)).samples.tolist() == [[1, 3], [5, 7]]
 
 
 def test_table_holds_agents_and_data():
     rows = table_rows([Result("agent", (0,), (rollouts([[1, 3], [1, 3]]),))], np.array([0.0, 10.0, 20.0]))
-    assert rows[1] == ["agent", "2 [2, 2]", "3 [3, 3]", "3 [3, 3]", "2"]
+    assert rows[1] == ["agent", "2 [2, 2]", "3 [3, 3]", "3 [3, 3]", "2 environment seeds"]
     assert rows[2] == ["data (3 episodes)", "10", "", "20", ""]
     assert rows[3][:2] == ["data, 75th percentile", "15"]
     assert markdown_table(rows).splitlines()[1] == "| --- | --- | --- | --- | --- |"

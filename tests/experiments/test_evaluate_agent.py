@@ -41,7 +41,8 @@ def test_an_evaluation_leaves_table_csv_and_pictures(call_script, refused, run_d
     for name in ("return_by_episode.png", "returns_in_data.png", "table.md"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     again = refused(call_script, "evaluate_agent", f"runs=[{run_dir}]", f"output={tmp_path / 'out'}", *PROTOCOL)
-    assert "holds an evaluation already; choose another output or set overwrite=true" in again
+    assert "returns.csv" in again
+    assert "already; choose another output or set overwrite=true" in again
 
 
 def test_bad_input(call_script, refused, tmp_path, run_dir):
@@ -51,4 +52,36 @@ def test_bad_input(call_script, refused, tmp_path, run_dir):
     assert "no checkpoint" in complaint(f"runs=[{tmp_path / 'nothing'}]")
     assert "no runs to evaluate" in complaint("runs=[]")
     assert "at least 1 episode and 2 rows" in complaint(f"runs=[{run_dir}]", "protocol.rows=1")
-    assert not (tmp_path / "out").exists()
+    assert "two runs of agentic_transformer have seed 0" in complaint(f"runs=[{run_dir},{run_dir}]")
+    assert "do not fit into one context of 2" in complaint(f"runs=[{run_dir}]", "protocol.episodes=3")
+
+
+def test_my_own_notes_are_not_overwritten(call_script, refused, tmp_path, run_dir):
+    (tmp_path / "table.md").write_text("my notes")
+    refused(call_script, "evaluate_agent", f"runs=[{run_dir}]", f"output={tmp_path}", *PROTOCOL)
+    assert (tmp_path / "table.md").read_text() == "my notes"
+
+
+def test_an_agent_of_shorter_episodes_is_refused(call_script, refused, tmp_path):
+    import numpy as np
+
+    from ring_rl.agent.exorl import write_episode
+    from ring_rl.agent.trajectory import Trajectory
+
+    buffer = tmp_path / "cartpole" / "policy_search_cartpole_swingup" / "buffer"
+    buffer.mkdir(parents=True)
+    for index in range(3):
+        generator = np.random.default_rng(index)
+        short = Trajectory(
+            observations=generator.normal(size=(41, 5)).astype(np.float32),
+            actions=np.zeros((40, 1), np.float32),
+            rewards=generator.uniform(size=40).astype(np.float32),
+            discounts=np.ones(40, np.float32),
+            physics=np.zeros((41, 4)),
+        )
+        write_episode(buffer, index, short)
+    options = ["loop.steps=2", "optimizer.warmup_steps=1", "wandb.mode=disabled", "batch.batch_size=2"]
+    small = ["agent.transformer.layers=1", "agent.transformer.width=16", "agent.chain.trajectories=2"]
+    call_script("train_agent", f"run_dir={tmp_path / 'run'}", f"data.root={tmp_path}", *options, *small)
+    complaint = refused(call_script, "evaluate_agent", f"runs=[{tmp_path / 'run'}]", f"output={tmp_path}", *PROTOCOL)
+    assert "was trained on episodes of 40 control steps, cartpole_swingup has 1000" in complaint

@@ -41,7 +41,12 @@ def test_the_demo_table_follows_from_its_single_returns():
         for row in mine:
             returns[int(row["row"]), int(row["episode"])] = float(row["return"])
         scores = score(returns)
-        assert shown[agent] == [str(scores.mean), str(scores.last), str(scores.best), str(scores.mean.seeds)]
+        assert shown[agent] == [
+            str(scores.mean),
+            str(scores.last),
+            str(scores.best),
+            f"{scores.mean.seeds} environment seeds",
+        ]
         np.testing.assert_allclose(summary["scores"][agent]["mean"]["mean"], scores.mean.mean, rtol=1e-4)
     for name in ("commit", "device", "versions", "protocol"):
         assert summary[name]

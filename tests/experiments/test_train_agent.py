@@ -108,15 +108,23 @@ def test_multirun_trains_every_combination(data_root, tmp_path):
     assert curves[0] != curves[1]
 
 
-def test_a_misspelt_key_is_refused_by_the_command_line(tmp_path):
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("loop.stepz=3", "error: unknown key 'loop.stepz'; did you mean 'steps'? the keys there are steps, log_every"),
+        ("agent=agentic", "error: In 'train_agent': Could not find 'agent/agentic'"),
+    ],
+)
+def test_a_misspelt_key_or_choice_is_refused_in_one_line(tmp_path, override, complaint):
     finished = subprocess.run(
-        [sys.executable, "experiments/train_agent.py", "loop.stepz=3", f"run_dir={tmp_path / 'run'}"],
+        [sys.executable, "experiments/train_agent.py", override, f"run_dir={tmp_path / 'run'}"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
     )
-    assert finished.returncode != 0
-    assert "loop.stepz" in finished.stderr
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(complaint)
+    assert len(finished.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
@@ -133,6 +141,11 @@ def test_a_misspelt_key_is_refused_by_the_command_line(tmp_path):
         ("agent.chain.trajectories=13", "the data set has 12"),
         ("data.action_repeat=5", "use action_repeat=1 or collect with action_hold=5"),
         ("agent.transformer.head_dim=7", "head_dim=7 must be even"),
+        ("agent.transformer.feed_forward_chunks=7", "cannot be cut into 7 feed-forward chunks"),
+        ("loop.evaluate_every=2", "set loop.evaluate_every=null"),
+        ("batch.batch_size=0", "batch.batch_size must be at least 1, got 0"),
+        ("agent.time_octaves=-1", "agent.time_octaves must be at least 0, got -1"),
+        ("agent.chain.rank_temperature=1000", "chain.rank_temperature must lie in [0, 100]"),
         ("agent.name=decision_transformer", "set it to 1 or use agent=agentic_transformer"),
     ],
 )
@@ -163,6 +176,25 @@ def test_rewards_of_another_task_are_refused(train, refused, data_root, tmp_path
     finally:
         record.unlink()
     assert "holds the rewards of cartpole_balance, not of cartpole_swingup" in complaint
+
+
+def test_a_damaged_record_of_collection_is_named(train, refused, data_root, tmp_path):
+    record = data_root / "cartpole" / "policy_search_cartpole_swingup" / "collection.json"
+    record.write_text("{}")
+    try:
+        assert "collection.json does not say for which task" in refused(train, tmp_path / "run")
+    finally:
+        record.unlink()
+
+
+def test_a_complete_run_is_left_as_it_is_and_its_picture_redrawn(train, tmp_path, capsys):
+    train(tmp_path / "run")
+    (tmp_path / "run" / "plots" / "learning_curve.png").unlink()
+    before = losses(tmp_path / "run")
+    train(tmp_path / "run")
+    assert "is complete" in capsys.readouterr().out
+    assert (tmp_path / "run" / "plots" / "learning_curve.png").exists()
+    assert losses(tmp_path / "run") == before
 
 
 def test_nan_in_the_data_is_refused(call_script, refused, tmp_path):
