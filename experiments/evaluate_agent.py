@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ring_rl.agent.domains import DOMAINS, parse_task
 from ring_rl.agent.evaluation import (
     ProtocolConfig,
     Result,
@@ -103,6 +104,7 @@ def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[
     """Every entry under the protocol, with progress."""
     from ring_rl.agent.environment import make_vector_environment
 
+    check_episode_length(agents, DOMAINS[parse_task(agents[0].task)[0]].episode_steps)
     entries = entries_of(config, agents)
     outcomes: dict[str, list[tuple[int, Rollouts]]] = defaultdict(list)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -113,7 +115,6 @@ def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[
             environments = make_vector_environment(
                 agents[0].task, count=config.protocol.rows, action_repeat=entry.action_repeat
             )
-            check_episode_length(agents, environments.envs[0].unwrapped.episode_steps * entry.action_repeat)
             rollouts = evaluate(
                 entry.policy,
                 environments,
@@ -208,7 +209,7 @@ def show(rows: list[list[str]], protocol: ProtocolConfig, pictures: list[Path]) 
     for row in rows[1:]:
         table.add_row(*row)
     # Wide enough for every cell, whatever the terminal: a table that is cut says nothing.
-    console = Console(width=max(110, Console().width))
+    console = Console(width=max(140, Console().width))
     console.print(table)
     for picture in pictures:
         console.print(f"picture {picture}", soft_wrap=True, highlight=False)

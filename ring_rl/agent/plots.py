@@ -15,7 +15,7 @@ from ring_rl.typing import Float64
 def plot_return_by_episode(
     results: Sequence[Result], data_returns: Float64[np.ndarray, " E"], path: Path, *, title: str
 ) -> None:
-    """The return against the episode's index in context: a line an agent, with 95% intervals over the samples of the table.
+    """The return against the episode's index in context: a line an agent, 95% intervals over the table's samples.
 
     Initial states differ from index to index but are the same for every agent: what the context does is the
     difference to the same agent with its context cleared.

@@ -20,8 +20,8 @@ def decode_attention(
 
     A cache keeps heads before slots, so that a product reads the slots of one head from one stretch of memory; at
     one token a time reading the cache is all the cost. It already holds the new tokens' own keys and values at
-    those positions; slots after them are ignored, whatever finite values they hold. Equal to the last T rows of causal attention
-    over length + T tokens.
+    those positions; slots after them are ignored, whatever finite values they hold. Equal to the last T rows of
+    causal attention over length + T tokens.
 
     O(B H T S D) work; T is meant to be small.
     """
