@@ -47,7 +47,7 @@ setup: .venv/ready
 # Exact versions for every supported Python, from pyproject.toml.
 constraints: setup
 	$(BIN)/uv pip compile pyproject.toml --extra simulator --extra development --universal --python-version 3.11 \
-	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --upgrade --quiet --output-file constraints.txt
+	  --no-header --no-annotate --upgrade --quiet --output-file constraints.txt
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
