@@ -29,7 +29,7 @@ from ring_rl.agent.evaluation import (
 from ring_rl.agent.plots import plot_return_by_episode, plot_returns_in_data
 from ring_rl.agent.policy import Policy, UniformPolicy
 from ring_rl.agent.rollout import Rollouts
-from ring_rl.atomic_file import write_whole
+from ring_rl.atomic_file import refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.training.provenance import device_description, git_commit, versions
@@ -133,11 +133,8 @@ def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[
 
 def evaluate_agents(config: EvaluateAgentConfig) -> None:
     """Rolls out, prints a table, writes CSV, Markdown, JSON and pictures."""
-    taken = [name for name in OUTPUTS if (config.output / name).exists()]
-    if taken and not config.overwrite:
-        raise FileExistsError(
-            f"{config.output} holds {', '.join(taken)} already; choose another output or set overwrite=true"
-        )
+    if not config.overwrite:
+        refuse_existing(config.output, OUTPUTS)
     agents = [load_agent(run) for run in config.runs]
     check_comparable(agents)
     config.output.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from ring_rl.agent.evaluation import markdown_table
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import make_model
 from ring_rl.agent.tokens import Normalisation, tokens_per_step
-from ring_rl.atomic_file import atomic_file, write_whole
+from ring_rl.atomic_file import atomic_file, refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.kernels.layout import Layout
@@ -127,11 +127,8 @@ def memory_rows(reports: list[dict[str, int]]) -> list[list[str]]:
 
 def measure(config: MemoryConfig) -> None:
     """Compiles for every ring size and reports."""
-    taken = [name for name in OUTPUTS if (config.output / name).exists()]
-    if taken and not config.overwrite:
-        raise FileExistsError(
-            f"{config.output} holds {', '.join(taken)} already; choose another output or set overwrite=true"
-        )
+    if not config.overwrite:
+        refuse_existing(config.output, OUTPUTS)
     request_virtual_devices(max(config.ring_sizes))
     console = Console()
     with console.status("compiling") as status:

@@ -24,7 +24,7 @@ from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.checkpoint import Checkpointer
 from ring_rl.training.loop import LoopConfig, train
-from ring_rl.training.mesh import MeshConfig, batch_sharding, describe_mesh, make_mesh, request_virtual_devices
+from ring_rl.training.mesh import MeshConfig, describe_mesh, make_mesh, request_virtual_devices, shard_batch
 from ring_rl.training.metrics import ConsoleWriter, JsonlWriter, WandbConfig, WandbWriter
 from ring_rl.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
 from ring_rl.training.plots import plot_learning_curve
@@ -84,8 +84,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         check_chunks(tokens, chunks=config.agent.transformer.feed_forward_chunks)
 
     def batch_at(step: int) -> ChainBatch:
-        batch = sampler.batch_at(step)
-        return jax.device_put(batch, batch_sharding(mesh, batch))
+        return shard_batch(mesh, sampler.batch_at(step))
 
     optimizer = make_optimizer(config.optimizer, total_steps=config.loop.steps)
     extra = {

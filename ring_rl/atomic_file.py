@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-__all__ = ["atomic_file", "write_whole"]
+__all__ = ["atomic_file", "refuse_existing", "write_whole"]
 
 
 @contextlib.contextmanager
@@ -48,6 +48,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file so that it is found whole or as it was before, whenever the process dies."""
     with atomic_file(path, overwrite=True) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def refuse_existing(folder: Path, names: Sequence[str]) -> None:
+    """Raises FileExistsError if any of these files is in the folder: before work starts, not when it is written."""
+    taken = [name for name in names if (folder / name).exists()]
+    if taken:
+        raise FileExistsError(f"{folder} holds {', '.join(taken)} already; choose another output or set overwrite=true")
 
 
 def _move_without_overwriting(temporary: Path, path: Path) -> None:

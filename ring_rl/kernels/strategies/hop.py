@@ -15,16 +15,13 @@ operands: the same two unmasked blocks on every device at every hop. No branch, 
 The two go to the local block as one call of twice the batch.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from ring_rl.kernels.local.block import LocalBlock
-from ring_rl.kernels.online_softmax import Partial, where_seen
+from ring_rl.kernels.online_softmax import Partial, merge, where_seen
 from ring_rl.typing import Array, Float, Float32
-
-Merge = Callable[[Partial, Array, Array], Partial]
 
 
 class Queries(NamedTuple):
@@ -47,7 +44,7 @@ class Queries(NamedTuple):
         )
 
 
-def full_forward(state, q, k, v, *, earlier, local: LocalBlock, scale: float, merge: Merge) -> Partial:
+def full_forward(state, q, k, v, *, earlier, local: LocalBlock, scale: float) -> Partial:
     """Every query sees every visiting key."""
     del earlier
     return merge(state, *local.forward(q, k, v, causal=False, scale=scale))
@@ -59,7 +56,7 @@ def full_backward(queries: Queries, k, v, *, earlier, local: LocalBlock, scale: 
     return _backward_block(local, queries, k, v, causal=False, scale=scale)
 
 
-def contiguous_forward(state, q, k, v, *, earlier, local: LocalBlock, scale: float, merge: Merge) -> Partial:
+def contiguous_forward(state, q, k, v, *, earlier, local: LocalBlock, scale: float) -> Partial:
     """Every query sees every visiting key if the shard is earlier; else the block is thrown away.
 
     Devices run in lockstep and the last one needs every block, so skipping would save no time on a real ring.
@@ -74,7 +71,7 @@ def contiguous_backward(queries: Queries, k, v, *, earlier, local: LocalBlock, s
     return _backward_block(local, queries, k, v, causal=False, scale=scale)
 
 
-def zigzag_forward(state, q, k, v, *, earlier, local: LocalBlock, scale: float, merge: Merge) -> Partial:
+def zigzag_forward(state, q, k, v, *, earlier, local: LocalBlock, scale: float) -> Partial:
     """The two visible blocks of a causal zigzag hop, merged into the rows they belong to."""
     c = q.shape[1] // 2
     q_early, q_late, k_early, k_late, v_early, v_late = (*_halves(q), *_halves(k), *_halves(v))

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ring_rl.kernels.layout import Layout, check_length
 from ring_rl.kernels.local.block import LocalBlock, LocalName, select_block
 from ring_rl.kernels.mask import Mask
-from ring_rl.kernels.online_softmax import Partial, begin, finish, merge
+from ring_rl.kernels.online_softmax import Partial, begin, finish
 from ring_rl.kernels.strategies import hop as hops
 from ring_rl.typing import Array, Float, Float32
 
@@ -154,7 +154,7 @@ def _forward(ring: _Ring, q: Array, k: Array, v: Array):
     def hop(state: Partial, held: Array, t: Array | int) -> Partial:
         k, v = held
         earlier = ring.sender_is_earlier(t)
-        return ring.forward_hop(state, q, k, v, earlier=earlier, local=ring.local, scale=ring.scale, merge=merge)
+        return ring.forward_hop(state, q, k, v, earlier=earlier, local=ring.local, scale=ring.scale)
 
     def own_block() -> Partial:
         # Both layouts hold their tokens in ascending order, so the own block is plain causal attention.
