@@ -22,7 +22,7 @@ Public functions annotate with jaxtyping (`Float[Array, "B T H D"]`); inside a f
 letters as a suffix (`logits_BHTS`).
 """
 
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, PRNGKeyArray, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, Int32, PRNGKeyArray, PyTree, Shaped, UInt32
 
 __all__ = [
     "Array",
@@ -35,4 +35,5 @@ __all__ = [
     "PRNGKeyArray",
     "PyTree",
     "Shaped",
+    "UInt32",
 ]

@@ -1,64 +1,119 @@
 """The contract of a local block: one device's attention of some queries to some keys.
 
-A strategy (ring, ...) cuts global attention into rectangles that are either fully visible or causal, calls a
-block for each, and merges. So a block knows nothing of devices, layouts or masks beyond `causal`.
+A strategy (ring, ...) cuts global attention into rectangles of queries and keys, calls a block for each, and merges.
+A rectangle is described by a `Relation`, which is known when the program is compiled, and by the positions and
+segment ids that travel with its tokens.
 """
 
-import logging
+import dataclasses
 from typing import Literal, Protocol
 
-from ring_rl.kernels.local.xla import XlaBlock
-from ring_rl.typing import Array, Float, Float32
+from ring_rl.kernels.mask import CAUSAL, FULL, Mask
+from ring_rl.kernels.tokens import Cotangents, Keys, Queries
+from ring_rl.typing import Array, Float32
 
-_log = logging.getLogger(__name__)
+LocalName = Literal["auto", "xla", "cudnn", "splash"]
+LOCAL_NAMES: tuple[LocalName, ...] = ("auto", "xla", "cudnn", "splash")
 
-LocalName = Literal["auto", "xla"]
-LOCAL_NAMES: tuple[LocalName, ...] = ("auto", "xla")
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """Which keys of a rectangle its queries see, segments aside.
+
+    Attributes:
+        mask: The rule; FULL where the strategy knows that position hides nothing here.
+        offset: Position of query t minus position of key s is t - s + offset for every t and s, known now; None
+            where positions are known only when the program runs. Irrelevant for FULL.
+    """
+
+    mask: Mask
+    offset: int | None = None
+
+    @property
+    def by_position(self) -> bool:
+        """Whether the block must look at the positions of its tokens to know what is visible."""
+        return self.mask.needs_positions and self.offset is None
+
+
+EVERYTHING = Relation(FULL)
+DIAGONAL = Relation(CAUSAL, offset=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How a query and a key that see one another make a weight.
+
+        logit  = scale q·k
+        logit  = soft_cap tanh(logit / soft_cap)                   if there is a cap
+        logit  = logit - slope_h |query position - key position|   with ALiBi
+        weight = softmax over all visible keys
+        weight = weight kept / (1 - dropout_rate)                  with dropout
+
+    Attributes:
+        scale: Multiplies q·k.
+        soft_cap: Bound of a logit's magnitude, or None.
+        dropout_rate: Share of weights set to zero.
+    """
+
+    scale: float
+    soft_cap: float | None = None
+    dropout_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"soft_cap must be positive, got {self.soft_cap}; None is no cap")
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"dropout_rate must be in [0, 1), got {self.dropout_rate}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demand:
+    """All that one attention will ask of a block, so that a block can refuse before any work.
+
+    Attributes:
+        dtype: Name of the dtype of q, k and v: "float32", "bfloat16", ...
+        head_dim: Width of a head.
+        query_heads: Number of query heads in a call.
+        key_value_heads: Number of key-value heads in a call.
+        relations: Every relation that a rectangle of it may have.
+        segments: Whether tokens carry segment ids.
+        alibi: Whether logits carry ALiBi's bias.
+        scoring: How logits become weights.
+    """
+
+    dtype: str
+    head_dim: int
+    query_heads: int
+    key_value_heads: int
+    relations: tuple[Relation, ...]
+    segments: bool
+    alibi: bool
+    scoring: Scoring
 
 
 class LocalBlock(Protocol):
     """Attention within one device. Implementations are frozen and hashable: they are compile-time constants."""
 
-    def forward(
-        self,
-        q: Float[Array, "B T H D"],
-        k: Float[Array, "B S K D"],
-        v: Float[Array, "B S K D"],
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B H T"]]:
-        """(out, log_sum_exp) over these keys alone; float32, natural base. `causal` needs T == S."""
+    def refusal(self, demand: Demand) -> str | None:
+        """Why this block cannot serve the demand, on this machine, in one phrase; None if it can."""
         ...
 
-    def backward(
-        self,
-        q: Float[Array, "B T H D"],
-        k: Float[Array, "B S K D"],
-        v: Float[Array, "B S K D"],
-        *,
-        out: Float[Array, "B T H D"],
-        log_sum_exp: Float32[Array, "B H T"],
-        d_out: Float[Array, "B T H D"],
-        delta: Float32[Array, "B H T"],
-        causal: bool,
-        scale: float,
-    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B S K D"], Float32[Array, "B S K D"]]:
-        """(dq, dk, dv), float32: this rectangle's share of the gradients of GLOBAL attention.
+    def forward(
+        self, queries: Queries, keys: Keys, *, relation: Relation, scoring: Scoring
+    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B H T"]]:
+        """(out, log_sum_exp) over these keys alone: float32, natural base, out already divided by the sum.
 
-        `out` and `log_sum_exp` are the global ones, over every key of the sequence, so that
-        p = exp(scale q kᵀ - log_sum_exp) are the global softmax's weights. `delta` is
-        Σ_d out d_out - d_log_sum_exp. Rows with log_sum_exp = +inf contribute nothing.
+        A row that sees none of these keys gives out = 0 and log_sum_exp = -inf. With dropout, out holds the kept
+        weights, rescaled, and log_sum_exp all of them.
         """
         ...
 
+    def backward(
+        self, queries: Queries, keys: Keys, cotangents: Cotangents, *, relation: Relation, scoring: Scoring
+    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B S K D"], Float32[Array, "B S K D"]]:
+        """(dq, dk, dv), float32: this rectangle's share of the gradients of GLOBAL attention.
 
-def select_block(local: LocalName | LocalBlock, *, block_size: int) -> LocalBlock:
-    """The block called `local`; "auto" takes the best one that serves here and logs which (today only XLA's)."""
-    if not isinstance(local, str):
-        return local
-    if local not in LOCAL_NAMES:
-        raise ValueError(f"unknown local block {local!r}; choose one of {', '.join(LOCAL_NAMES)}")
-    if local == "auto":
-        _log.info("local attention block: xla")
-    return XlaBlock(block_size=block_size)
+        `cotangents` are global, so that exp(logit - log_sum_exp) are the global softmax's weights. Rows with
+        log_sum_exp = +inf contribute nothing.
+        """
+        ...

@@ -1,0 +1,44 @@
+"""Which local block runs: the fastest that can serve, or the one asked for."""
+
+import logging
+
+import jax
+
+from ring_rl.kernels.local.block import LOCAL_NAMES, Demand, LocalBlock, LocalName
+from ring_rl.kernels.local.xla import XlaBlock
+
+_log = logging.getLogger(__name__)
+
+# The first that does not refuse runs. XLA serves every demand on every platform.
+_PREFERRED: dict[str, tuple[str, ...]] = {"gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}
+
+
+def block_named(name: LocalName, *, block_size: int) -> LocalBlock:
+    """The block of that name; `block_size` is the edge of a tile where the block leaves that to its caller."""
+    if name == "xla":
+        return XlaBlock(block_size=block_size)
+    raise ValueError(f"unknown local block {name!r}; choose one of {', '.join(LOCAL_NAMES)}")
+
+
+def select_block(local: LocalName | LocalBlock, demand: Demand, *, block_size: int) -> LocalBlock:
+    """The block that serves `demand`; "auto" takes the best one of this platform and logs which, and why.
+
+    Raises:
+        ValueError: The name is unknown, or the block asked for cannot serve; the error says what would.
+    """
+    if local == "auto":
+        refusals = []
+        for name in _PREFERRED.get(jax.default_backend(), ("xla",)):
+            block = block_named(name, block_size=block_size)
+            refusal = block.refusal(demand)
+            if refusal is None:
+                _log.info("local attention block: %s%s", name, "".join(f"; {r}" for r in refusals))
+                return block
+            refusals.append(f"not {name}: {refusal}")
+        raise ValueError("no local attention block can serve: " + "; ".join(refusals))
+    block = block_named(local, block_size=block_size) if isinstance(local, str) else local
+    refusal = block.refusal(demand)
+    if refusal is not None:
+        name = local if isinstance(local, str) else type(local).__name__
+        raise ValueError(f'local attention block {name!r} cannot serve: {refusal}; local="xla" serves everything')
+    return block
