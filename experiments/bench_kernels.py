@@ -14,6 +14,7 @@ import hydra
 import numpy as np
 from kernel_baselines.processes import Implementation, Platform, Workers
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -278,10 +279,14 @@ def draw(benchmark: Benchmark) -> Figure:
     figure = Figure(figsize=(7.2, 1.2 + 0.28 * len(measured)), layout="constrained")
     axes = figure.add_subplot()
     for name, measurement in measured.items():
-        label = f"{name} ({measurement.case['tokens'] // 1024}K)"
+        label = f"{name}, {measurement.case['tokens']:,} tokens"
         axes.barh(label, measurement.flops_per_second / 1e9, color=COLORS[measurement.implementation])
     axes.axvline(benchmark.peak() / 1e9, color="0.4", linestyle="--")
-    axes.annotate("GEMM peak", (benchmark.peak() / 1e9, 1.0), xycoords=("data", "axes fraction"), ha="center")
+    axes.text(
+        benchmark.peak() / 1e9, 1.0, "matrix product", transform=axes.get_xaxis_transform(), ha="right", va="bottom"
+    )
+    implementations = dict.fromkeys(measurement.implementation for measurement in measured.values())
+    axes.legend(handles=[Patch(color=COLORS[name], label=name) for name in implementations], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("useful GFLOP/s, forward + backward")
     return figure
