@@ -58,19 +58,16 @@ def test_positions_shared_by_the_batch_meet_segments_of_each_row():
 
 
 @given(mask=masks)
-def test_reach_is_the_furthest_that_anyone_sees(mask):
+def test_what_a_mask_says_of_itself(mask):
+    """`reach` is the furthest that any query sees; `needs_positions` unless position hides nothing."""
     length = 40
     positions = np.arange(length)
-    t, s = np.nonzero(visible(mask, positions, positions))
+    shown = np.asarray(visible(mask, positions, positions))
+    t, s = np.nonzero(shown)
     back, ahead = mask.reach()
     assert (t - s).max() == (length - 1 if back is None else back)
     assert (s - t).max() == (length - 1 if ahead is None else ahead)
-
-
-@given(mask=masks)
-def test_needs_positions_unless_position_hides_nothing(mask):
-    positions = np.arange(40)
-    assert mask.needs_positions == (not visible(mask, positions, positions).all())
+    assert mask.needs_positions == (not shown.all())
 
 
 def test_constants():
