@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ def received(jaxpr, sizes: Mapping[str, int]) -> int:
     by_all, by_device = 0, dict.fromkeys(range(max(sizes.values())), 0)
     for equation, times in equations(jaxpr):
         name, parameters = equation.primitive.name, equation.params
-        avals = [v.aval for v in equation.invars if isinstance(v.aval, jax.core.ShapedArray)]
+        avals = [cast(jax.core.ShapedArray, v.aval) for v in equation.invars if hasattr(v.aval, "shape")]
         operand = times * sum(x.size * x.dtype.itemsize for x in avals if x.ndim >= 4)
         if name == "ppermute":
             for giver, taker in parameters["perm"]:
