@@ -18,9 +18,8 @@ from matplotlib.patches import Patch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
-from ring_rl.agent.evaluation import markdown_table
 from ring_rl.atomic_file import atomic_file, refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
@@ -314,7 +313,9 @@ def write_results(benchmark: Benchmark, output: Path) -> None:
     }
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "results.json", json.dumps(summary, indent=2) + "\n")
-    write_whole(output / "table.md", markdown_table(table_rows(benchmark)))
+    head, *body = table_rows(benchmark)
+    lines = [" | ".join(row) for row in (head, ["---"] * len(head), *body)]
+    write_whole(output / "table.md", "".join(f"| {line} |\n" for line in lines))
     with atomic_file(output / "speed.png", overwrite=True) as temporary:
         draw(benchmark).savefig(temporary, dpi=130)
 
@@ -327,7 +328,7 @@ def report(benchmark: Benchmark, output: Path, console: Console) -> None:
     """
     # What the name of a case says already is left to table.md, which has no width.
     head, *body = [[row[0], row[COLUMNS.index("tokens")], *row[len(COLUMNS) - 2 :]] for row in table_rows(benchmark)]
-    table = Table(*head)
+    table = Table(Column(head[0], no_wrap=True), *head[1:], box=None)
     for row in body:
         table.add_row(*row)
     console.print(table)

@@ -41,7 +41,7 @@ class ErrorConfig:
     tokens: int
     heads: int
     head_dim: int
-    block_size: int
+    block_size: int | None
     output: Path
     overwrite: bool
 

@@ -37,8 +37,8 @@ def prepare(case: Case, inputs: Inputs) -> Prepared:
         inputs,
         lambda q, k, v, ids: call(q, k, v, segment_ids=ids).out,
         axes=axes,
-        # Ulysses gathers stretches of the permuted sequence, so the layout is that of the ring alone.
-        order=permutation(case.tokens, ring_size=case.ring_size, layout=layout),
+        # In a hybrid the layout is that of the ring.
+        order=permutation(case.tokens, ring_size=axes.get("ring", case.ulysses_size), layout=layout),
         check_vma=True,
     )
     return prepared._replace(local=chosen.names() or case.local)
