@@ -7,6 +7,7 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.core import ShapedArray
 from jax.extend.core import JaxprEqn
 from jax.sharding import PartitionSpec
 
@@ -36,7 +37,7 @@ def received(jaxpr, sizes: Mapping[str, int]) -> int:
     by_all, by_device = 0, dict.fromkeys(range(max(sizes.values())), 0)
     for equation, times in equations(jaxpr):
         name, parameters = equation.primitive.name, equation.params
-        avals = [cast(jax.core.ShapedArray, v.aval) for v in equation.invars if hasattr(v.aval, "shape")]
+        avals = [cast(ShapedArray, v.aval) for v in equation.invars if hasattr(v.aval, "shape")]
         operand = times * sum(x.size * x.dtype.itemsize for x in avals if x.ndim >= 4)
         if name == "ppermute":
             for giver, taker in parameters["perm"]:
