@@ -327,7 +327,7 @@ def report(benchmark: Benchmark, output: Path, console: Console) -> None:
         ValueError: One of our own cases failed or is wrong.
     """
     # What the name of a case says already is left to table.md, which has no width.
-    head, *body = [[row[0], row[COLUMNS.index("tokens")], *row[len(COLUMNS) - 2 :]] for row in table_rows(benchmark)]
+    head, *body = [[row[0], *row[len(COLUMNS) - 2 :]] for row in table_rows(benchmark)]
     table = Table(Column(head[0], no_wrap=True), *head[1:], box=None)
     for row in body:
         table.add_row(*row)

@@ -9,6 +9,7 @@ from jax_worker import calls_in_flight, gemm, hello
 from jax_worker import prepare as prepare_in_jax
 
 from ring_rl.kernels import Layout, Mask, attention, permutation
+from ring_rl.kernels.local.block import LocalName
 
 
 def prepare(case: Case, inputs: Inputs) -> Prepared:
@@ -27,8 +28,8 @@ def prepare(case: Case, inputs: Inputs) -> Prepared:
         mask=Mask(causal=True, window=case.window),
         axis_name=axis_name,
         layout=layout,
-        strategy=case.strategy,
-        local=case.local,
+        strategy=case.strategy or "auto",
+        local=cast(LocalName, case.local),
         block_size=case.block_size,
     )
     chosen = _ChosenBlocks()
