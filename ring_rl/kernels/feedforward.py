@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from ring_rl.typing import Array, Float
 
 
-def check_chunks(tokens: int, *, chunks: int) -> None:
-    """Raises ValueError unless `chunks` equal steps cover `tokens`."""
+def check_chunks(tokens: int, *, chunks: int, of: str = "feed-forward") -> None:
+    """Raises ValueError unless `chunks` equal steps cover `tokens`; `of` says what they are steps of."""
     if chunks < 1 or tokens % chunks:
         raise ValueError(
-            f"{tokens} tokens cannot be cut into {chunks} feed-forward chunks; choose a divisor of the token count"
+            f"{tokens} tokens cannot be cut into {chunks} {of} chunks; choose a divisor of the token count"
         )
 
 
@@ -29,7 +29,8 @@ def blockwise_feedforward(
 
     A step takes every chunks-th token, not a contiguous stretch: with T sharded over a ring, tokens
     0, chunks, 2 chunks, ... lie on all devices alike, so each step keeps all of them busy and no token moves.
-    For that, T / chunks must be a multiple of the ring size. arXiv:2310.01889, section 3.
+    For that, T / chunks must be a multiple of the ring size. With replicated weights, every step of backward sums
+    its share of their gradient over the ring: take no more chunks than memory asks for. arXiv:2310.01889, section 3.
 
     Raises:
         ValueError: `chunks` does not divide T.

@@ -54,3 +54,16 @@ def test_sharded_tokens_stay_where_they_are_and_hidden_memory_shrinks():
 def test_chunks_must_divide():
     with pytest.raises(ValueError, match="10 tokens cannot be cut into 4 feed-forward chunks"):
         blockwise_feedforward(lambda x: x, jnp.zeros((1, 10, 2)), chunks=4)
+
+
+def test_runs_inside_shard_map():
+    """Where replicated weights meet sharded tokens; gradients are the sums over all devices' tokens."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 48, M)), jnp.float32)
+    mesh, tokens = Mesh(np.array(jax.devices()[:8]), ("sp",)), P(None, "sp")
+
+    def gradients(parameters, x):
+        return jax.grad(lambda p, x: jax.lax.psum(loss(p, x, 3), "sp"), argnums=(0, 1))(parameters, x)
+
+    run = jax.shard_map(gradients, mesh=mesh, in_specs=(P(), tokens), out_specs=(P(), tokens))
+    expected = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)(weights(), x, 1)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), jax.jit(run)(weights(), x), expected)
