@@ -24,6 +24,7 @@ def _demand(**changes) -> Demand:
         "query_heads": 4,
         "key_value_heads": 2,
         "length": 64,
+        "devices": 2,
         "relations": (DIAGONAL, EVERYTHING),
         "segments": False,
         "alibi": False,
@@ -34,9 +35,9 @@ def _demand(**changes) -> Demand:
 
 def _rectangle(generator, *, T=64, S=64, dtype=jnp.bfloat16):
     draw = lambda *shape: jnp.asarray(generator.normal(size=shape), dtype)  # noqa: E731
-    queries = Queries(draw(2, T, 4, 64), jnp.arange(T, dtype=jnp.int32)[None])
-    keys = Keys(draw(2, S, 2, 64), draw(2, S, 2, 64), jnp.arange(S, dtype=jnp.int32)[None])
-    return queries, keys, draw(2, T, 4, 64), jnp.asarray(generator.normal(size=(2, 4, T)), jnp.float32)
+    queries = Queries(draw(2, 4, T, 64), jnp.arange(T, dtype=jnp.int32)[None])
+    keys = Keys(draw(2, 2, S, 64), draw(2, 2, S, 64), jnp.arange(S, dtype=jnp.int32)[None])
+    return queries, keys, draw(2, 4, T, 64), jnp.asarray(generator.normal(size=(2, 4, T)), jnp.float32)
 
 
 @pytest.mark.parametrize(
@@ -101,14 +102,14 @@ def test_results_have_the_contract_s_shapes_and_dtypes(block, relation):
 
     results = jax.tree.leaves(jax.eval_shape(both, queries, keys, d_out))
     assert {x.dtype for x in results} == {jnp.dtype("float32")}
-    assert [x.shape for x in results] == [(2, 64, 4, 64), (2, 4, 64), (2, 64, 4, 64), (2, 64, 2, 64), (2, 64, 2, 64)]
+    assert [x.shape for x in results] == [(2, 4, 64, 64), (2, 4, 64), (2, 4, 64, 64), (2, 2, 64, 64), (2, 2, 64, 64)]
 
 
 def test_what_is_passed_to_cudnn(monkeypatch):
     seen = []
 
     class Cudnn:
-        causal, no_mask, tokens_before_heads = "causal", "none", 0
+        causal, no_mask, heads_before_tokens = "causal", "none", 1
 
         def forward(self, q, k, v, *rest, **settings):
             seen.append(settings)
@@ -130,13 +131,13 @@ def test_gradient_of_log_sum_exp_as_a_second_backward(relation):
     xla, scoring = XlaBlock(block_size=32), Scoring(scale=0.125)
     queries, keys, d_out, d_lse = _rectangle(np.random.default_rng(1), dtype=jnp.float32)
     out, lse = xla.forward(queries, keys, relation=relation, scoring=scoring)
-    own = jnp.einsum("bthd,bthd->bht", out, d_out)
+    own = jnp.einsum("bhtd,bhtd->bht", out, d_out)
     backward = lambda keys, c: xla.backward(queries, keys, c, relation=relation, scoring=scoring)  # noqa: E731
     whole = Cotangents(out, lse, d_out, own - d_lse)
     expected = backward(keys, whole)
     first = backward(keys, Cotangents(out, lse, d_out, own))
     v, zero, d_values = _as_values(keys.v.astype(jnp.bfloat16), out.astype(jnp.bfloat16), _d_log_sum_exp(whole))
-    delta = jnp.einsum("bthd,bthd->bht", zero, d_values).astype(jnp.float32)
+    delta = jnp.einsum("bhtd,bhtd->bht", zero, d_values).astype(jnp.float32)
     second = backward(
         keys._replace(v=v.astype(jnp.float32)), Cotangents(zero, lse, d_values.astype(jnp.float32), delta)
     )
@@ -161,7 +162,7 @@ def test_agrees_with_the_xla_block(block, relation):
     # As if other rectangles had added to the sums, and one row had seen nothing.
     global_lse = (expected_lse + 0.5).at[:, :, 3].set(jnp.inf)
     rounded = expected_out.astype(jnp.bfloat16)
-    delta = jnp.einsum("bthd,bthd->bht", rounded.astype(jnp.float32), d_out.astype(jnp.float32))
+    delta = jnp.einsum("bhtd,bhtd->bht", rounded.astype(jnp.float32), d_out.astype(jnp.float32))
     delta = delta - d_lse if block.log_sum_exp_gradient else delta
     cotangents = Cotangents(rounded, global_lse, d_out, delta)
     expected = xla.backward(queries, keys, cotangents, relation=relation, scoring=scoring)

@@ -24,9 +24,9 @@ def _rectangle(*, T, S, H=2, K=1, B=2, dtype=jnp.float32, positions=None, segmen
     documents = lambda n: jnp.asarray(np.sort(generator.integers(-1, 4, (B, n)), axis=1), jnp.int32)  # noqa: E731
     p, s = (jnp.arange(n, dtype=jnp.int32)[None] for n in (T, S)) if positions is None else positions
     slopes = jnp.asarray(generator.uniform(0.01, 0.1, (1, H)), jnp.float32) if alibi else None
-    queries = Queries(draw(B, T, H, D), p, documents(T) if segments else None, slopes)
-    keys = Keys(draw(B, S, K, D), draw(B, S, K, D), s, documents(S) if segments else None)
-    return queries, keys, draw(B, T, H, D), generator
+    queries = Queries(draw(B, H, T, D), p, documents(T) if segments else None, slopes)
+    keys = Keys(draw(B, K, S, D), draw(B, K, S, D), s, documents(S) if segments else None)
+    return queries, keys, draw(B, H, T, D), generator
 
 
 def _scattered(T, S, *, rows, seed=1):
@@ -84,25 +84,25 @@ def test_agrees_with_the_xla_block(case):
         found = BLOCK.forward(queries, keys, relation=relation, scoring=scoring)
         return (*found, *gradients(BLOCK)), (*expected, *gradients(xla))
 
-    delta = jnp.asarray(generator.normal(size=(2, *d_out.shape[2:0:-1])), jnp.float32)
+    delta = jnp.asarray(generator.normal(size=d_out.shape[:3]), jnp.float32)
     found, expected = both(queries, keys, d_out, delta)
     for ours, theirs in zip(found, expected, strict=True):
         assert _relative_error(ours, theirs) < 3e-6
     empty = np.isneginf(np.asarray(found[1]))
     if "empty" in case:
         assert 0.1 < empty.mean() < 0.9
-    assert not np.any(np.swapaxes(np.asarray(found[0]), 1, 2)[empty])
+    assert not np.any(np.asarray(found[0])[empty])
 
 
 def test_half_precision_is_summed_in_float32():
     """Results are float32, and no further from the truth than one rounding of the weights."""
     queries, keys, d_out, _ = _rectangle(T=256, S=256, K=2, dtype=jnp.bfloat16)
     out, lse = BLOCK.forward(queries, keys, relation=DIAGONAL, scoring=Scoring(scale=0.3))
-    widened = (x.astype(jnp.float32) for x in (queries.q, keys.k, keys.v))
+    widened = (jnp.swapaxes(x, 1, 2).astype(jnp.float32) for x in (queries.q, keys.k, keys.v))
     expected, expected_lse = reference_attention(*widened, mask=CAUSAL, scale=0.3)
     assert _relative_error(lse, expected_lse) < 1e-6
-    assert _relative_error(out, expected.astype(jnp.float32)) < 2**-8
-    delta = jnp.einsum("bthd,bthd->bht", out, d_out.astype(jnp.float32))
+    assert _relative_error(out, jnp.swapaxes(expected, 1, 2)) < 2**-8
+    delta = jnp.einsum("bhtd,bhtd->bht", out, d_out.astype(jnp.float32))
     for gradient in BLOCK.backward(
         queries, keys, Cotangents(out, lse, d_out, delta), relation=DIAGONAL, scoring=Scoring(scale=0.3)
     ):
@@ -122,10 +122,10 @@ def test_huge_logits(magnitude):
 def test_tiles_that_nobody_sees_are_skipped():
     """A NaN where nobody looks does not show."""
     queries, keys, _, _ = _rectangle(T=256, S=256)
-    keys = keys._replace(v=keys.v.at[:, 128:].set(jnp.nan))
+    keys = keys._replace(v=keys.v.at[:, :, 128:].set(jnp.nan))
     out, _ = BLOCK.forward(queries, keys, relation=DIAGONAL, scoring=Scoring(scale=0.3))
-    assert not np.any(np.isnan(out[:, :128]))
-    assert np.all(np.isnan(out[:, 128:]))
+    assert not np.any(np.isnan(out[:, :, :128]))
+    assert np.all(np.isnan(out[:, :, 128:]))
 
 
 def test_a_tie_sees_the_raw_results_before_they_are_used():
@@ -155,13 +155,15 @@ def test_on_a_mesh_and_as_a_virtual_ring():
 
     def block(q):
         positions = jnp.arange(128, dtype=jnp.int32)[None]
-        keys = Keys(q[:, :, :1], q[:, :, :1], positions)
+        keys = Keys(q[:, :1], q[:, :1], positions)
         return BLOCK.forward(Queries(q, positions), keys, relation=Relation(CAUSAL), scoring=Scoring(scale=0.3))[0]
 
     mesh = DeviceMesh(np.array(jax.devices()[:2]), ("sp",))
-    over_devices = jax.shard_map(block, mesh=mesh, in_specs=P(None, "sp"), out_specs=P(None, "sp"), check_vma=False)
-    split = queries.q.reshape(2, 2, 128, 2, D)
-    virtual = jax.vmap(block, in_axes=1, out_axes=1)(split)
+    over_devices = jax.shard_map(
+        block, mesh=mesh, in_specs=P(None, None, "sp"), out_specs=P(None, None, "sp"), check_vma=False
+    )
+    split = queries.q.reshape(2, 2, 2, 128, D)
+    virtual = jax.vmap(block, in_axes=2, out_axes=2)(split)
     np.testing.assert_allclose(jax.jit(over_devices)(queries.q), virtual.reshape(queries.q.shape), atol=1e-6)
 
 
@@ -172,6 +174,7 @@ def _demand(**changes) -> Demand:
         "query_heads": 4,
         "key_value_heads": 2,
         "length": 100,
+        "devices": 2,
         "relations": (Relation(CAUSAL), EVERYTHING),
         "segments": True,
         "alibi": True,

@@ -40,13 +40,18 @@ class CudnnBlock:
         """Its masks are known when it is compiled."""
         return False
 
+    @property
+    def heads_at_once(self) -> None:
+        """It takes all heads and rows of the batch at once."""
+        return None
+
     def refusal(self, demand: Demand) -> str | None:
         """See `LocalBlock.refusal`."""
         return _refusal_by_demand(demand) or _refusal_by_machine(demand)
 
     def forward(
         self, queries: Queries, keys: Keys, *, relation: Relation, scoring: Scoring, tie: Tie = untied
-    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B H T"]]:
+    ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
         """See `LocalBlock.forward`; out is float32 that was rounded to the dtype of q once."""
         cudnn = cudnn_attention()
         q, k, v = vary_alike(queries.q, keys.k, keys.v)
@@ -64,7 +69,7 @@ class CudnnBlock:
         relation: Relation,
         scoring: Scoring,
         tie: Tie = untied,
-    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B S K D"], Float32[Array, "B S K D"]]:
+    ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B K S D"], Float32[Array, "B K S D"]]:
         """See `LocalBlock.backward`; each gradient is float32 that was rounded to the dtype of q once."""
         cudnn = cudnn_attention()
         out, d_out = (x.astype(queries.q.dtype) for x in (cotangents.out, cotangents.d_out))
@@ -132,7 +137,7 @@ def _settings(cudnn: CudnnAttention, relation: Relation, scoring: Scoring) -> di
         "dropout_rate": 0.0,
         "variadic_args": (False, False),
         "mask_type": cudnn.causal if mask.causal else cudnn.no_mask,
-        "layout": cudnn.tokens_before_heads,
+        "layout": cudnn.heads_before_tokens,
         "sliding_window_length": mask.window,
     }
 
@@ -142,12 +147,12 @@ def _unused(q: Array) -> tuple[Array, ...]:
     return (jnp.zeros(0, q.dtype),) * 7
 
 
-def _d_log_sum_exp(cotangents: Cotangents) -> Float32[Array, "B T H"]:
-    own = jnp.einsum("bthd,bthd->bth", cotangents.out.astype(jnp.float32), cotangents.d_out.astype(jnp.float32))
-    return own - jnp.swapaxes(cotangents.delta, 1, 2)
+def _d_log_sum_exp(cotangents: Cotangents) -> Float32[Array, "B H T"]:
+    own = jnp.einsum("bhtd,bhtd->bht", cotangents.out.astype(jnp.float32), cotangents.d_out.astype(jnp.float32))
+    return own - cotangents.delta
 
 
-def _as_values(v: Array, out: Array, d_log_sum_exp: Float32[Array, "B T H"]) -> tuple[Array, Array, Array]:
+def _as_values(v: Array, out: Array, d_log_sum_exp: Float32[Array, "B H T"]) -> tuple[Array, Array, Array]:
     """(v, out, d_out) whose gradients in q and k are those of log_sum_exp, which two components hold to 16 bits."""
     coarse = d_log_sum_exp.astype(v.dtype)
     rest = (d_log_sum_exp - coarse.astype(jnp.float32)).astype(v.dtype)

@@ -60,6 +60,11 @@ class PallasTpuBlock:
         """It serves relations by position."""
         return True
 
+    @property
+    def heads_at_once(self) -> None:
+        """It takes all heads and rows of the batch at once."""
+        return None
+
     def refusal(self, demand: Demand) -> str | None:
         """See `LocalBlock.refusal`."""
         here = jax.default_backend()
@@ -73,10 +78,10 @@ class PallasTpuBlock:
 
     def forward(
         self, queries: Queries, keys: Keys, *, relation: Relation, scoring: Scoring, tie: Tie = untied
-    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B H T"]]:
+    ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
         """See `LocalBlock.forward`."""
         work = _Work.of(self, queries, keys, relation)
-        B, T, H, D = queries.q.shape
+        B, H, T, D = queries.q.shape
         rows = work.rows
         results = work.call(
             partial(kernels.forward_kernel, scoring=scoring, tiles_along=work.columns.count),
@@ -87,7 +92,7 @@ class PallasTpuBlock:
             products=2,
         )
         out, lse = tie(tuple(results))
-        return jnp.swapaxes(out[:, :, :T], 1, 2), lse[:, :, 0, :T]
+        return out[:, :, :T], lse[:, :, 0, :T]
 
     def backward(
         self,
@@ -98,10 +103,10 @@ class PallasTpuBlock:
         relation: Relation,
         scoring: Scoring,
         tie: Tie = untied,
-    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B S K D"], Float32[Array, "B S K D"]]:
+    ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B K S D"], Float32[Array, "B K S D"]]:
         """See `LocalBlock.backward`."""
         work = _Work.of(self, queries, keys, relation, cotangents)
-        (B, T, H, D), (S, K) = queries.q.shape, keys.k.shape[1:3]
+        (B, H, T, D), (K, S) = queries.q.shape, keys.k.shape[1:3]
         (dq,) = work.call(
             partial(kernels.d_queries_kernel, scoring=scoring, tiles_along=work.columns.count),
             name="ring_attention_d_queries",
@@ -119,7 +124,7 @@ class PallasTpuBlock:
             products=4,
         )
         dq, dk, dv = tie((dq, dk, dv))
-        return jnp.swapaxes(dq[:, :, :T], 1, 2), jnp.swapaxes(dk[:, :, :S], 1, 2), jnp.swapaxes(dv[:, :, :S], 1, 2)
+        return dq[:, :, :T], dk[:, :, :S], dv[:, :, :S]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +142,7 @@ class _Work:
     def of(
         block: PallasTpuBlock, queries: Queries, keys: Keys, relation: Relation, cotangents: Cotangents | None = None
     ) -> "_Work":
-        rows, columns = (_tiling(x.shape[1], block.block_size) for x in (queries.q, keys.k))
+        rows, columns = (_tiling(x.shape[2], block.block_size) for x in (queries.q, keys.k))
         low, high, key_positions = _intervals(queries, keys, relation, hidden_padding=columns.padding > 0)
         if low is not None and high is not None and key_positions is not None:
             low, high = _row(low, rows), _row(high, rows)
@@ -146,13 +151,13 @@ class _Work:
         alibi = queries.slopes is not None
         d_out = log_sum_exp = delta = None
         if cotangents is not None:
-            d_out = _by_head(cotangents.d_out.astype(queries.q.dtype), rows)
+            d_out = _tokens(cotangents.d_out.astype(queries.q.dtype), rows)
             log_sum_exp = _pad(cotangents.log_sum_exp[:, :, None], 3, rows.padding, np.inf)
             delta = _pad(cotangents.delta[:, :, None], 3, rows.padding)
         operands = Operands(
-            q=_by_head(queries.q, rows),
-            k=_by_head(keys.k, columns),
-            v=_by_head(keys.v, columns),
+            q=_tokens(queries.q, rows),
+            k=_tokens(keys.k, columns),
+            v=_tokens(keys.v, columns),
             low=low,
             high=high,
             key_positions=key_positions,
@@ -327,7 +332,7 @@ def _intervals(
 
 def _tied_iota(x: Array) -> Int32[Array, "1 T"]:
     """0, 1, ... for the tokens of x, made to depend on x: a scan over layers would keep a constant for each layer."""
-    iota = lax.iota(jnp.int32, x.shape[1])[None]
+    iota = lax.iota(jnp.int32, x.shape[2])[None]
     return lax.optimization_barrier((iota, x.ravel()[0]))[0]
 
 
@@ -337,9 +342,9 @@ def _documents(segment_ids: Array | None, tiling: Tiling, *, nobody: int) -> Arr
     return _row(jnp.where(segment_ids < 0, nobody, segment_ids), tiling, fill=nobody)
 
 
-def _by_head(x_BTHD: Array, tiling: Tiling) -> Array:
+def _tokens(x_BHTD: Array, tiling: Tiling) -> Array:
     """[B, heads, padded tokens, D]."""
-    return _pad(jnp.swapaxes(x_BTHD, 1, 2), 2, tiling.padding)
+    return _pad(x_BHTD, 2, tiling.padding)
 
 
 def _row(x_bT: Array, tiling: Tiling, *, fill: int = 0) -> Array:

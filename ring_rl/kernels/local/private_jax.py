@@ -55,7 +55,7 @@ class CudnnAttention:
         backward: Binds the backward primitive.
         no_mask: Mask type: everything is visible.
         causal: Mask type: key s is visible to query t if s <= t.
-        tokens_before_heads: Layout [batch, tokens, heads, head_dim].
+        heads_before_tokens: Layout [batch, heads, tokens, head_dim].
         capability_at_least: Whether the GPU's compute capability is at least that ("9.0"); False without CUDA.
         cudnn_version: Version of the cuDNN at hand; raises RuntimeError where there is none.
     """
@@ -64,7 +64,7 @@ class CudnnAttention:
     backward: Callable[..., Any]
     no_mask: Any
     causal: Any
-    tokens_before_heads: int
+    heads_before_tokens: int
     capability_at_least: Callable[[str], bool]
     cudnn_version: Callable[[], int]
 
@@ -91,7 +91,7 @@ def cudnn_attention(module_name: str = _MODULE) -> CudnnAttention:
             raise _unsupported(f"{name} takes ({', '.join(found)}) where ({', '.join(expected)}) was expected")
     try:
         no_mask, causal = module.MaskType.NO_MASK, module.MaskType.CAUSAL
-        layout = module.AttentionLayout.BTNH.value
+        layout = module.AttentionLayout.BNTH.value
     except AttributeError as error:
         raise _unsupported(str(error)) from None
     return CudnnAttention(
@@ -99,7 +99,7 @@ def cudnn_attention(module_name: str = _MODULE) -> CudnnAttention:
         backward=partial(module._dot_product_attention_bwd_p_wrapper.bind, **options),
         no_mask=no_mask,
         causal=causal,
-        tokens_before_heads=layout,
+        heads_before_tokens=layout,
         capability_at_least=module.check_compute_capability,
         cudnn_version=module.check_cudnn_version,
     )
