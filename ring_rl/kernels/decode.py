@@ -24,7 +24,7 @@ from jax import lax, vmap
 from ring_rl.kernels.accumulate import float32_einsum
 from ring_rl.kernels.local.block import Scoring
 from ring_rl.kernels.mask import CAUSAL, Mask, visible
-from ring_rl.kernels.online_softmax import Partial, finish, rows_first
+from ring_rl.kernels.online_softmax_tokens_first import Partial, finish, rows_first
 from ring_rl.kernels.varying import vary_alike
 from ring_rl.typing import Array, Bool, Float, Float32, Int, Int32
 

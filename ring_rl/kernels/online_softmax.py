@@ -22,28 +22,23 @@ from ring_rl.typing import Array, Float, Float32
 class Partial(NamedTuple):
     """A softmax in progress; -inf maxima and zero sums stand for rows that have seen no key yet."""
 
-    numerator: Float32[Array, "B T H D"]
+    numerator: Float32[Array, "B H T D"]
     maximum: Float32[Array, "B H T"]
     denominator: Float32[Array, "B H T"]
 
 
-def rows_first(x_BHT: Float[Array, "B H T"]) -> Float[Array, "B T H 1"]:
-    """Per-row numbers in the shape that broadcasts against outputs [B, T, H, D]."""
-    return jnp.swapaxes(x_BHT, 1, 2)[..., None]
-
-
-def begin(out: Float32[Array, "B T H D"], log_sum_exp: Float32[Array, "B H T"]) -> Partial:
+def begin(out: Float32[Array, "B H T D"], log_sum_exp: Float32[Array, "B H T"]) -> Partial:
     """The Partial of one block's result."""
     seen_BHT = log_sum_exp > -jnp.inf
     # A block reports 0 for a row that sees nothing, but a discarded block may hold anything: select, not multiply.
     return Partial(
-        numerator=jnp.where(rows_first(seen_BHT), out, 0.0),
+        numerator=jnp.where(seen_BHT[..., None], out, 0.0),
         maximum=log_sum_exp,
         denominator=seen_BHT.astype(jnp.float32),
     )
 
 
-def merge(partial: Partial, out: Float32[Array, "B T H D"], log_sum_exp: Float32[Array, "B H T"]) -> Partial:
+def merge(partial: Partial, out: Float32[Array, "B H T D"], log_sum_exp: Float32[Array, "B H T"]) -> Partial:
     """`partial` extended by a block over other keys. A block with log_sum_exp = -inf changes nothing."""
     maximum_BHT = jnp.maximum(partial.maximum, log_sum_exp)
     # -inf - -inf is NaN; a row that has seen nothing needs weights of zero, which any finite maximum gives.
@@ -51,17 +46,17 @@ def merge(partial: Partial, out: Float32[Array, "B T H D"], log_sum_exp: Float32
     kept_BHT = jnp.exp(partial.maximum - finite_BHT)
     added_BHT = jnp.exp(log_sum_exp - finite_BHT)
     return Partial(
-        numerator=rows_first(kept_BHT) * partial.numerator + rows_first(added_BHT) * out,
+        numerator=kept_BHT[..., None] * partial.numerator + added_BHT[..., None] * out,
         maximum=maximum_BHT,
         denominator=kept_BHT * partial.denominator + added_BHT,
     )
 
 
-def finish(partial: Partial) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B H T"]]:
+def finish(partial: Partial) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
     """(out, log_sum_exp) of everything merged; rows that saw nothing give out = 0 and log_sum_exp = -inf."""
     seen_BHT = partial.denominator > 0
     divisor_BHT = jnp.where(seen_BHT, partial.denominator, 1.0)
-    out_BTHD = partial.numerator / rows_first(divisor_BHT)
+    out_BTHD = partial.numerator / divisor_BHT[..., None]
     return out_BTHD, jnp.where(seen_BHT, partial.maximum + jnp.log(divisor_BHT), -jnp.inf)
 
 

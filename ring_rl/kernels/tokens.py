@@ -1,7 +1,7 @@
 """What a stretch of tokens brings to attention: as queries, as keys, and as queries in backward.
 
-Everything here is an array with the batch first, so that stretches of tokens are cut, joined and sent alike. Fields
-that an attention does not use are None.
+Everything here is an array with the batch first, so that stretches of tokens are cut, joined and sent alike; heads
+come before tokens, so that a head's tokens are one stretch of memory. Fields that an attention does not use are None.
 """
 
 from typing import NamedTuple, TypeVar
@@ -18,11 +18,11 @@ class Queries(NamedTuple):
         q: Queries.
         positions: Global positions; b is 1 where all rows of the batch agree, else B.
         segment_ids: Documents of a packed batch.
-        slopes: ALiBi's factor of each head.
+        slopes: ALiBi's factor of each head; b as for positions.
         row_bits: Random bits of each query row, from which dropout of its weights is derived (`dropout.py`).
     """
 
-    q: Float[Array, "B T H D"]
+    q: Float[Array, "B H T D"]
     positions: Int32[Array, "b T"]
     segment_ids: Int32[Array, "B T"] | None = None
     slopes: Float32[Array, "b H"] | None = None
@@ -32,7 +32,7 @@ class Queries(NamedTuple):
         """The queries `start` to `stop`."""
         cut = slice(start, stop)
         return Queries(
-            self.q[:, cut],
+            self.q[:, :, cut],
             self.positions[:, cut],
             None if self.segment_ids is None else self.segment_ids[:, cut],
             self.slopes,
@@ -43,14 +43,16 @@ class Queries(NamedTuple):
 class Keys(NamedTuple):
     """The side that is looked at; positions and segments as in `Queries`."""
 
-    k: Float[Array, "B S K D"]
-    v: Float[Array, "B S K D"]
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
     positions: Int32[Array, "b S"]
     segment_ids: Int32[Array, "B S"] | None = None
 
     def between(self, start: int, stop: int) -> "Keys":
         """The keys `start` to `stop`."""
-        return Keys(*(None if x is None else x[:, start:stop] for x in self))
+        cut = slice(start, stop)
+        segment_ids = None if self.segment_ids is None else self.segment_ids[:, cut]
+        return Keys(self.k[:, :, cut], self.v[:, :, cut], self.positions[:, cut], segment_ids)
 
 
 class Cotangents(NamedTuple):
@@ -63,15 +65,15 @@ class Cotangents(NamedTuple):
         delta: Σ_d out d_out - d_log_sum_exp.
     """
 
-    out: Float[Array, "B T H D"]
+    out: Float[Array, "B H T D"]
     log_sum_exp: Float32[Array, "B H T"]
-    d_out: Float[Array, "B T H D"]
+    d_out: Float[Array, "B H T D"]
     delta: Float32[Array, "B H T"]
 
     def between(self, start: int, stop: int) -> "Cotangents":
         """Those of the queries `start` to `stop`."""
         cut = slice(start, stop)
-        return Cotangents(self.out[:, cut], self.log_sum_exp[:, :, cut], self.d_out[:, cut], self.delta[:, :, cut])
+        return Cotangents(*(x[:, :, cut] for x in self))
 
 
 Stretch = TypeVar("Stretch", Queries, Keys, Cotangents)

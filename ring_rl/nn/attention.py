@@ -3,9 +3,9 @@
 import jax
 from flax import nnx
 
+from ring_rl.kernels.attention import attention
 from ring_rl.kernels.decode import decode_attention
 from ring_rl.kernels.mask import CAUSAL
-from ring_rl.kernels.strategies.ring import ring_attention
 from ring_rl.nn.kv_cache import LayerCache
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.rotary import rotate
@@ -15,7 +15,7 @@ from ring_rl.typing import Array, Float, Int
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions.
 
-    Training runs `ring_attention` over the sequence axis of the mesh; a ring of one device is the ordinary
+    Training runs ring attention over the sequence axis of the mesh; a ring of one device is the ordinary
     blockwise kernel. Decoding runs the new tokens against a cache and gives the same numbers.
     """
 
@@ -45,15 +45,16 @@ class Attention(nnx.Module):
         spec = parallel.token_spec
 
         def attend(q, k, v):
-            return ring_attention(
+            return attention(
                 q,
                 k,
                 v,
                 axis_name=parallel.sequence_axis,
                 mask=CAUSAL,
                 layout=parallel.layout,
+                strategy="ring",
                 block_size=self.block_size,
-            )
+            ).out
 
         out = jax.shard_map(attend, mesh=parallel.mesh, in_specs=(spec, spec, spec), out_specs=spec)(q, k, v)
         return self._merge_heads(out)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ring_rl.kernels.feedforward import blockwise_feedforward
-from ring_rl.kernels.strategies.ring import SAVED_NAMES
+from ring_rl.kernels.strategies.sharded import SAVED_NAMES
 from ring_rl.nn.attention import Attention
 from ring_rl.nn.kv_cache import KVCache, LayerCache, empty_cache
 from ring_rl.nn.parallel import SequenceParallel

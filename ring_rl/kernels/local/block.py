@@ -8,6 +8,7 @@ segment ids that travel with its tokens.
 import dataclasses
 from typing import Literal, Protocol
 
+from ring_rl.kernels.local.ties import Tie, untied
 from ring_rl.kernels.mask import CAUSAL, FULL, Mask
 from ring_rl.kernels.tokens import Cotangents, Keys, Queries
 from ring_rl.typing import Array, Float32
@@ -23,7 +24,8 @@ class Relation:
     Attributes:
         mask: The rule; FULL where the strategy knows that position hides nothing here.
         offset: Position of query t minus position of key s is t - s + offset for every t and s, known now; None
-            where positions are known only when the program runs. Irrelevant for FULL.
+            where positions are known only when the program runs. Irrelevant for FULL. Where causality goes by blocks,
+            an offset also says that key 0 begins one.
     """
 
     mask: Mask
@@ -75,6 +77,8 @@ class Demand:
         head_dim: Width of a head.
         query_heads: Number of query heads in a call.
         key_value_heads: Number of key-value heads in a call.
+        length: Tokens of the shard that rectangles are cut from.
+        devices: How many devices share the sequence.
         relations: Every relation that a rectangle of it may have.
         segments: Whether tokens carry segment ids.
         alibi: Whether logits carry ALiBi's bias.
@@ -85,6 +89,8 @@ class Demand:
     head_dim: int
     query_heads: int
     key_value_heads: int
+    length: int
+    devices: int
     relations: tuple[Relation, ...]
     segments: bool
     alibi: bool
@@ -94,13 +100,28 @@ class Demand:
 class LocalBlock(Protocol):
     """Attention within one device. Implementations are frozen and hashable: they are compile-time constants."""
 
+    @property
+    def looks_at_positions(self) -> bool:
+        """Whether it serves relations by position, and skips the tiles that nobody sees."""
+        ...
+
+    @property
+    def prefers_positions(self) -> bool:
+        """Whether skipping tiles by position costs it less than the copies that a fully visible rectangle takes."""
+        ...
+
+    @property
+    def heads_at_once(self) -> int | None:
+        """How many key-value heads of one batch row a strategy should pass at a time; None is all of everything."""
+        ...
+
     def refusal(self, demand: Demand) -> str | None:
         """Why this block cannot serve the demand, on this machine, in one phrase; None if it can."""
         ...
 
     def forward(
-        self, queries: Queries, keys: Keys, *, relation: Relation, scoring: Scoring
-    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B H T"]]:
+        self, queries: Queries, keys: Keys, *, relation: Relation, scoring: Scoring, tie: Tie = untied
+    ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
         """(out, log_sum_exp) over these keys alone: float32, natural base, out already divided by the sum.
 
         A row that sees none of these keys gives out = 0 and log_sum_exp = -inf. With dropout, out holds the kept
@@ -109,8 +130,15 @@ class LocalBlock(Protocol):
         ...
 
     def backward(
-        self, queries: Queries, keys: Keys, cotangents: Cotangents, *, relation: Relation, scoring: Scoring
-    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B S K D"], Float32[Array, "B S K D"]]:
+        self,
+        queries: Queries,
+        keys: Keys,
+        cotangents: Cotangents,
+        *,
+        relation: Relation,
+        scoring: Scoring,
+        tie: Tie = untied,
+    ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B K S D"], Float32[Array, "B K S D"]]:
         """(dq, dk, dv), float32: this rectangle's share of the gradients of GLOBAL attention.
 
         `cotangents` are global, so that exp(logit - log_sum_exp) are the global softmax's weights. Rows with

@@ -9,18 +9,24 @@ from ring_rl.kernels.local.xla import XlaBlock
 
 _log = logging.getLogger(__name__)
 
+# Largest edge of a tile of scores in the XLA block. On a CPU one head's tiles, 256 KiB each, stay in a core's cache.
+BLOCK_SIZE = 512
+CPU_BLOCK_SIZE = 256
+
 # The first that does not refuse runs. XLA serves every demand on every platform.
 _PREFERRED: dict[str, tuple[str, ...]] = {"gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}
 
 
-def block_named(name: LocalName, *, block_size: int) -> LocalBlock:
+def block_named(name: LocalName, *, block_size: int | None) -> LocalBlock:
     """The block of that name; `block_size` is the edge of a tile where the block leaves that to its caller."""
     if name == "xla":
-        return XlaBlock(block_size=block_size)
+        if jax.default_backend() == "cpu":
+            return XlaBlock(block_size=block_size or CPU_BLOCK_SIZE, heads_at_once=1, prefers_positions=True)
+        return XlaBlock(block_size=block_size or BLOCK_SIZE)
     raise ValueError(f"unknown local block {name!r}; choose one of {', '.join(LOCAL_NAMES)}")
 
 
-def select_block(local: LocalName | LocalBlock, demand: Demand, *, block_size: int) -> LocalBlock:
+def select_block(local: LocalName | LocalBlock, demand: Demand, *, block_size: int | None) -> LocalBlock:
     """The block that serves `demand`; "auto" takes the best one of this platform and logs which, and why.
 
     Raises:

@@ -1,175 +1,328 @@
 """The local block in plain XLA: tiles of queries against tiles of keys, online softmax between them.
 
-Runs on every platform; on a CPU it is the fast one. There the operand order of a matrix product decides its
-speed, so every product below is a plain row-by-column one: keys are stored transposed once, and the backward
-works on transposed scores, so that nothing contracts the row index of a large operand.
+Runs on every platform and serves every mask and option; on a CPU it is the fast one. There the operand order of a
+matrix product decides its speed, so every product below is a plain row-by-column one: keys are stored transposed
+once, and the backward works on transposed scores, so that nothing contracts the row index of a large operand. And
+there a tile of scores must stay in a core's cache, so that strategies pass it one head at a time.
 
-The query heads of a group are folded into the rows of a tile, [G * tile, D], so that keys and values of
-grouped-query attention are never repeated.
+The G query heads that share a key-value head are folded into the rows of a tile, [B K, G * tile, D], so that keys and
+values of grouped-query attention are never repeated. Rows of the batch and key-value heads are one axis: with two of
+them XLA lays products out in another order and copies every tile of scores.
 """
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ring_rl.kernels.accumulate import float32_einsum
+from ring_rl.kernels.dropout import kept
+from ring_rl.kernels.local.block import Demand, Relation, Scoring
+from ring_rl.kernels.local.ties import Tie, untied
+from ring_rl.kernels.local.tiles import Bounds, Tiling, bounds, visible_tiles
+from ring_rl.kernels.mask import visible
+from ring_rl.kernels.tokens import Cotangents, Keys, Queries
 from ring_rl.kernels.varying import vary_alike
-from ring_rl.typing import Array, Bool, Float, Float32
+from ring_rl.typing import Array, Float32
+
+# Of a logit that is hidden, and the least maximum of a row: exp(hidden - maximum) = 0 even where a row has seen
+# nothing yet, and nothing is ever inf - inf.
+_HIDDEN = float(np.finfo(np.float32).min)
+_LEAST_MAXIMUM = _HIDDEN / 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class XlaBlock:
-    """Blockwise attention, O(T S D) work and O(T D) memory beyond one tile of scores a head.
+    """Blockwise attention, O(visible tiles) work and O(T D) memory beyond a tile of scores a head.
 
     Attributes:
         block_size: Largest edge of a tile, in tokens. Lengths need not be multiples of it.
+        heads_at_once: How many key-value heads of one batch row a strategy should pass at a time; None is all.
+        prefers_positions: Whether a strategy should leave it to the block to skip tiles that nobody sees. A loop of
+            that many steps costs a CPU nothing; a virtual ring, whose loops run as long as the longest, loses by it.
     """
 
     block_size: int
+    heads_at_once: int | None = None
+    prefers_positions: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(f"block_size must be at least 1 token, got {self.block_size}")
+        if self.heads_at_once is not None and self.heads_at_once < 1:
+            raise ValueError(f"heads_at_once must be at least 1, or None for all; got {self.heads_at_once}")
+
+    @property
+    def looks_at_positions(self) -> bool:
+        """Yes."""
+        return True
+
+    def refusal(self, demand: Demand) -> str | None:
+        """None: it serves everything."""
+        del demand
+        return None
 
     def forward(
-        self,
-        q: Float[Array, "B T H D"],
-        k: Float[Array, "B S K D"],
-        v: Float[Array, "B S K D"],
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B H T"]]:
+        self, queries: Queries, keys: Keys, *, relation: Relation, scoring: Scoring, tie: Tie = untied
+    ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
         """See `LocalBlock.forward`."""
-        q, k, v = vary_alike(q, k, v)
-        (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-        rows, columns = _Tiling.of(T, self.block_size), _Tiling.of(S, self.block_size)
-        q_tiles = _fold_queries(q, K, rows)
-        kT_tiles = jnp.swapaxes(_fold_keys(k, columns), -1, -2)
-        v_tiles = _fold_keys(v, columns)
-        G = H // K
-        # The last tile of a row of tiles is the only one that may hold keys to hide: the diagonal, or padding.
-        masked = causal or columns.padding > 0
+        work = _Work.of(self, queries, keys, relation, scoring)
+        rows = work.rows
+        q, k, v = work.scaled_queries(), work.padded_keys(keys.k), work.padded_keys(keys.v)
+        kT = lax.optimization_barrier(jnp.swapaxes(k, -1, -2))
+        reach = bounds(*work.visible_tiles())
 
-        def attend(carry, q_tile, j, mask_TS=None):
+        def attend(carry, q_tile, i, j, *, masked: bool):
             numerator, maximum, denominator = carry
-            scores = scale * _product(q_tile, lax.dynamic_index_in_dim(kT_tiles, j, keepdims=False))
-            if mask_TS is not None:
-                scores = _hide(scores, mask_TS, G)
+            product = _product(q_tile, work.column(kT, j, axis=2))
+            scores, shown, keep = work.finish_scores(product, i, j, masked=masked)
+            if shown is not None:
+                scores = jnp.where(shown, scores, _HIDDEN)
             new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - new_maximum[..., None])
-            kept = jnp.exp(maximum - new_maximum)
-            value = _product(weights.astype(v.dtype), lax.dynamic_index_in_dim(v_tiles, j, keepdims=False))
-            return (
-                kept[..., None] * numerator + value,
-                new_maximum,
-                kept * denominator + jnp.sum(weights, axis=-1),
-            )
+            rescale = jnp.exp(maximum - new_maximum)
+            denominator = rescale * denominator + jnp.sum(weights, axis=-1)
+            if keep is not None:
+                weights = jnp.where(keep, weights, 0.0)
+            value = _product(weights.astype(v.dtype), work.column(v, j))
+            return rescale[..., None] * numerator + value, new_maximum, denominator
 
-        def one_row_of_tiles(_, operand):
-            i, q_tile = operand
+        def one_row(_, operand):
+            i, limits = operand
+            q_tile = work.row(q, i)
             zeros = jnp.zeros(q_tile.shape, jnp.float32)
-            # Finite, so that the first rescaling is exp(-huge) = 0 and never exp(-inf + inf).
-            carry = vary_alike(zeros, jnp.full(q_tile.shape[:-1], _LOWEST), zeros[..., 0], q_tile)[:3]
-            last = i if causal else columns.count - 1
-            plain = last if masked else columns.count
-            carry = lax.fori_loop(0, plain, lambda j, c: attend(c, q_tile, j), carry)
-            if masked:
-                mask_TS = _causal_mask(rows.size, q_tile) if causal else _padding_mask(columns, q_tile)
-                carry = attend(carry, q_tile, last, mask_TS)
+            maxima = jnp.full(q_tile.shape[:-1], _LEAST_MAXIMUM, jnp.float32)
+            step = lambda j, carry, masked: attend(carry, q_tile, i, j, masked=masked)  # noqa: E731
+            carry = _sweep(limits, step, work.vary(zeros, maxima, zeros[..., 0]), all_open=reach.all_open)
             numerator, maximum, denominator = carry
-            return None, (numerator / denominator[..., None], maximum + jnp.log(denominator))
+            seen = denominator > 0
+            divisor = jnp.where(seen, denominator, 1.0)
+            out = numerator / ((1.0 - scoring.dropout_rate) * divisor)[..., None]
+            return None, (out, jnp.where(seen, maximum + jnp.log(divisor), -jnp.inf))
 
-        _, (out_tiles, lse_tiles) = lax.scan(one_row_of_tiles, None, (jnp.arange(rows.count), q_tiles))
-        return _unfold_queries(out_tiles, rows, (B, T, H, D)), _unfold_rows(lse_tiles, rows, (B, H, T))
+        _, results = lax.scan(one_row, None, (jnp.arange(rows.count), work.traced(reach)))
+        out, lse = tie(results)
+        return work.unfold_rows(out), work.unfold_rows(lse)
 
     def backward(
         self,
-        q: Float[Array, "B T H D"],
-        k: Float[Array, "B S K D"],
-        v: Float[Array, "B S K D"],
+        queries: Queries,
+        keys: Keys,
+        cotangents: Cotangents,
         *,
-        out: Float[Array, "B T H D"],
-        log_sum_exp: Float32[Array, "B H T"],
-        d_out: Float[Array, "B T H D"],
-        delta: Float32[Array, "B H T"],
-        causal: bool,
-        scale: float,
-    ) -> tuple[Float32[Array, "B T H D"], Float32[Array, "B S K D"], Float32[Array, "B S K D"]]:
+        relation: Relation,
+        scoring: Scoring,
+        tie: Tie = untied,
+    ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B K S D"], Float32[Array, "B K S D"]]:
         """See `LocalBlock.backward`."""
-        del out  # enters through delta alone
-        q, k, v, log_sum_exp, d_out, delta = vary_alike(q, k, v, log_sum_exp, d_out, delta)
-        (B, T, H, D), (S, K) = q.shape, k.shape[1:3]
-        rows, columns = _Tiling.of(T, self.block_size), _Tiling.of(S, self.block_size)
-        q_tiles, d_out_tiles = _fold_queries(q, K, rows), _fold_queries(d_out, K, rows)
-        qT_tiles, d_outT_tiles = jnp.swapaxes(q_tiles, -1, -2), jnp.swapaxes(d_out_tiles, -1, -2)
+        work = _Work.of(self, queries, keys, relation, scoring, cotangents)
+        rows, columns = work.rows, work.columns
+        q, d_out = work.scaled_queries(), work.padded_rows(cotangents.d_out)
+        qT, d_outT = lax.optimization_barrier((jnp.swapaxes(q, -1, -2), jnp.swapaxes(d_out, -1, -2)))
         # Padded rows: log_sum_exp = +inf makes their weights zero.
-        lse_tiles = _fold_rows(log_sum_exp, K, rows, fill=jnp.inf)
-        delta_tiles = _fold_rows(delta, K, rows, fill=0.0)
-        k_tiles, v_tiles = _fold_keys(k, columns), _fold_keys(v, columns)
-        G = H // K
+        lse, delta = work.padded_rows(cotangents.log_sum_exp, fill=jnp.inf), work.padded_rows(cotangents.delta)
+        k, v = work.padded_keys(keys.k), work.padded_keys(keys.v)
+        reachable, is_open = work.visible_tiles()
+        reach = bounds(reachable.swapaxes(-1, -2), is_open.swapaxes(-1, -2))
+        keep_scale = 1.0 / (1.0 - scoring.dropout_rate)
 
-        def accumulate(carry, tiles, i, mask_ST=None):
+        def accumulate(carry, tiles, i, j, *, masked: bool):
             dqT_tiles, dk, dv = carry
             k_tile, kT_tile, v_tile = tiles
-            at_i = lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
-            scoresT = scale * _product(k_tile, at_i(qT_tiles)) - at_i(lse_tiles)[..., None, :]
-            # A weight is at most 1. Only padded keys, whose weights meet zero keys, could exceed it and overflow.
-            weightsT = jnp.exp(jnp.minimum(scoresT, 0.0))
-            if mask_ST is not None:
-                weightsT = _hide(weightsT, mask_ST, G, queries_last=True, value=0.0)
-            dv = dv + _product(weightsT.astype(d_out.dtype), at_i(d_out_tiles))
-            d_weightsT = _product(v_tile, at_i(d_outT_tiles))
-            d_scoresT = (weightsT * (d_weightsT - at_i(delta_tiles)[..., None, :])).astype(q.dtype)
-            dk = dk + _product(d_scoresT, at_i(q_tiles))
-            dqT_i = at_i(dqT_tiles) + _product(kT_tile, d_scoresT)
+            rawT = _product(k_tile, work.row(qT, i, last=True))
+            scoresT, shownT, keepT = work.finish_scores(rawT, i, j, masked=masked, transposed=True)
+            weightsT = jnp.exp(scoresT - work.row(lse, i, last=True)[..., None, :])
+            if shownT is not None:
+                weightsT = jnp.where(shownT, weightsT, 0.0)
+            d_weightsT = _product(v_tile, work.row(d_outT, i, last=True))
+            dropped = weightsT
+            if keepT is not None:
+                dropped = jnp.where(keepT, keep_scale * weightsT, 0.0)
+                d_weightsT = jnp.where(keepT, keep_scale * d_weightsT, 0.0)
+            dv = dv + _product(dropped.astype(d_out.dtype), work.row(d_out, i))
+            d_scoresT = weightsT * (d_weightsT - work.row(delta, i, last=True)[..., None, :])
+            if scoring.soft_cap is not None:
+                d_scoresT = d_scoresT * (1.0 - jnp.square(jnp.tanh(rawT * work.score_scale / scoring.soft_cap)))
+            d_scoresT = d_scoresT.astype(q.dtype)
+            dk = dk + _product(d_scoresT, work.row(q, i))
+            dqT_i = lax.dynamic_index_in_dim(dqT_tiles, i, keepdims=False) + _product(kT_tile, d_scoresT)
             return lax.dynamic_update_index_in_dim(dqT_tiles, dqT_i, i, 0), dk, dv
 
-        def one_column_of_tiles(dqT_tiles, operand):
-            j, k_tile, v_tile = operand
-            tiles = (k_tile, jnp.swapaxes(k_tile, -1, -2), v_tile)
+        def one_column(dqT_tiles, operand):
+            j, limits = operand
+            k_tile = work.column(k, j)
+            tiles = (k_tile, jnp.swapaxes(k_tile, -1, -2), work.column(v, j))
             zeros = jnp.zeros(k_tile.shape, jnp.float32)
-            carry = (dqT_tiles, *vary_alike(zeros, zeros, k_tile)[:2])
-            if causal:
-                carry = accumulate(carry, tiles, j, _causal_mask(rows.size, k_tile).T)
-            first = j + 1 if causal else 0
-            dqT_tiles, dk, dv = lax.fori_loop(first, rows.count, lambda i, c: accumulate(c, tiles, i), carry)
+            step = lambda i, carry, masked: accumulate(carry, tiles, i, j, masked=masked)  # noqa: E731
+            carry = (dqT_tiles, *work.vary(zeros, zeros))
+            dqT_tiles, dk, dv = _sweep(limits, step, carry, all_open=reach.all_open)
             return dqT_tiles, (dk, dv)
 
-        zeros = vary_alike(jnp.zeros(qT_tiles.shape, jnp.float32), q)[0]
-        dqT_tiles, (dk_tiles, dv_tiles) = lax.scan(
-            one_column_of_tiles, zeros, (jnp.arange(columns.count), k_tiles, v_tiles)
-        )
-        dq = scale * _unfold_queries(jnp.swapaxes(dqT_tiles, -1, -2), rows, (B, T, H, D))
-        dk = scale * _unfold_keys(dk_tiles, columns, S)
-        return dq, dk, _unfold_keys(dv_tiles, columns, S)
+        zeros = jnp.zeros((rows.count, k.shape[0], k.shape[-1], work.G * rows.size), jnp.float32)
+        dqT, (dk, dv) = lax.scan(one_column, work.vary(zeros)[0], (jnp.arange(columns.count), work.traced(reach)))
+        dqT, dk, dv = tie((dqT, dk, dv))
+        dq = scoring.scale * work.unfold_rows(jnp.swapaxes(dqT, -1, -2))
+        # Queries came scaled where that is exact enough; else what they left out is made up for here.
+        dk = work.unfold_columns(dk if work.score_scale == 1.0 else work.score_scale * dk)
+        return dq, dk, work.unfold_columns(dv)
 
 
-_LOWEST = jnp.finfo(jnp.float32).min
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Work:
+    """One rectangle, and how it is cut into tiles."""
 
-
-@dataclasses.dataclass(frozen=True)
-class _Tiling:
-    """`count` tiles of `size` tokens, the last one with `padding` tokens that do not exist."""
-
-    count: int
-    size: int
-    padding: int
+    queries: Queries
+    keys: Keys
+    relation: Relation
+    scoring: Scoring
+    rows: Tiling
+    columns: Tiling
+    mask_positions: tuple[Array, Array]
+    inputs: tuple[Array, ...]
 
     @staticmethod
-    def of(length: int, block_size: int) -> "_Tiling":
-        count = -(-length // block_size)
-        size = -(-length // count)
-        return _Tiling(count, size, count * size - length)
+    def of(block: XlaBlock, queries: Queries, keys: Keys, relation: Relation, scoring: Scoring, *more) -> "_Work":
+        T, S = queries.q.shape[2], keys.k.shape[2]
+        queries, keys = _tied(queries, keys)
+        mask_positions = queries.positions, keys.positions
+        if relation.offset is not None:
+            mask_positions = _iota(T, queries.q) + relation.offset, _iota(S, queries.q)
+        return _Work(
+            queries=queries,
+            keys=keys,
+            relation=relation,
+            scoring=scoring,
+            rows=Tiling.of(T, block.block_size),
+            columns=Tiling.of(S, block.block_size),
+            mask_positions=mask_positions,
+            inputs=tuple(jax.tree.leaves((queries, keys, more))),
+        )
+
+    @property
+    def G(self) -> int:  # noqa: N802, a letter of the dimension key
+        """Query heads that share a key-value head."""
+        return self.queries.q.shape[1] // self.keys.k.shape[1]
+
+    @property
+    def score_scale(self) -> float:
+        """What is left to multiply a product of queries and keys by."""
+        return 1.0 if self.queries.q.dtype == jnp.float32 else self.scoring.scale
+
+    def scaled_queries(self) -> Array:
+        """[B K, G, T, D], in float32 times scale: cheaper than scaling every score, and as exact."""
+        q = self.queries.q
+        return self.padded_rows(q * self.scoring.scale if q.dtype == jnp.float32 else q)
+
+    def padded_rows(self, x: Array, *, fill: float = 0.0) -> Array:
+        """[B, H, T, ...] as [B K, G, T, ...] with all tiles whole."""
+        return _pad(x.reshape(-1, self.G, *x.shape[2:]), 2, self.rows.padding, fill)
+
+    def padded_keys(self, x: Array) -> Array:
+        """[B, K, S, D] as [B K, S, D] with all tiles whole."""
+        return _pad(x.reshape(-1, *x.shape[2:]), 1, self.columns.padding, 0.0)
+
+    def row(self, x: Array, i: Array, *, last: bool = False) -> Array:
+        """Tile i of [B K, G, T, D] as [B K, G * size, D]; with `last`, of [B K, G, ..., T] with the G * size last."""
+        size = self.rows.size
+        if not last:
+            return lax.dynamic_slice_in_dim(x, i * size, size, 2).reshape(x.shape[0], -1, x.shape[-1])
+        tile = lax.dynamic_slice_in_dim(x, i * size, size, x.ndim - 1)
+        return jnp.moveaxis(tile, 1, -2).reshape(x.shape[0], *x.shape[2:-1], -1)
+
+    def column(self, x: Array, j: Array, *, axis: int = 1) -> Array:
+        """Tile j of the keys' side."""
+        return lax.dynamic_slice_in_dim(x, j * self.columns.size, self.columns.size, axis)
+
+    def unfold_rows(self, x: Array) -> Array:
+        """[tiles, B K, G * size, ...] as [B, H, T, ...]."""
+        B, H, T = self.queries.q.shape[:3]
+        x = x.reshape(*x.shape[:2], self.G, self.rows.size, *x.shape[3:])
+        return jnp.moveaxis(x, 0, 2).reshape(B, H, -1, *x.shape[4:])[:, :, :T]
+
+    def unfold_columns(self, x: Array) -> Array:
+        """[tiles, B K, size, D] as [B, K, S, D]."""
+        B, K, S, D = self.keys.k.shape
+        return jnp.moveaxis(x, 0, 1).reshape(B, K, -1, D)[:, :, :S]
+
+    def vary(self, *arrays: Array) -> tuple[Array, ...]:
+        """The arrays, marked as varying over every mesh axis that the block's inputs vary over."""
+        return vary_alike(*arrays, *self.inputs)[: len(arrays)]
+
+    def traced(self, reach: Bounds) -> Bounds:
+        """Bounds that a loop can go over."""
+        return Bounds(*self.vary(*map(jnp.asarray, reach)))
+
+    def visible_tiles(self):
+        """Which tiles are reachable and which open, to any and to all rows of the batch."""
+        reachable, is_open = visible_tiles(
+            self.queries, self.keys, relation=self.relation, rows=self.rows, columns=self.columns
+        )
+        reachable = reachable.any(axis=0) if reachable.ndim == 3 else reachable
+        return reachable, is_open.all(axis=0) if is_open.ndim == 3 else is_open
+
+    def finish_scores(self, product: Array, i, j, *, masked: bool, transposed: bool = False):
+        """(logits, what is shown or None, what dropout keeps or None) of tile (i, j), from q·k."""
+        scoring, queries, keys = self.scoring, self.queries, self.keys
+        orient = (lambda x: jnp.swapaxes(x, -1, -2)) if transposed else (lambda x: x)
+        scores = product if self.score_scale == 1.0 else self.score_scale * product
+        if scoring.soft_cap is not None:
+            scores = scoring.soft_cap * jnp.tanh(scores / scoring.soft_cap)
+        if queries.slopes is not None:
+            p, s = self._of_row(queries.positions, i), self._of_column(keys.positions, j)
+            distance = jnp.abs(p[..., :, None] - s[..., None, :]).astype(jnp.float32)
+            slopes = queries.slopes.reshape(-1, self.keys.k.shape[1], self.G)
+            bias = orient(jnp.repeat(slopes, self.rows.size, axis=-1)[..., None] * distance)
+            scores = scores - self._for_each_head(bias)
+        shown = None
+        if masked:
+            shown = visible(
+                self.relation.mask,
+                self._of_row(self.mask_positions[0], i),
+                self._of_column(self.mask_positions[1], j),
+                self._of_row(queries.segment_ids, i),
+                self._of_column(keys.segment_ids, j),
+            )
+            if self.columns.padding:
+                index = j * self.columns.size + _iota(self.columns.size, queries.q)
+                shown = shown & (index < keys.k.shape[2])
+            shown = self._for_each_head(orient(shown))
+        keep = None
+        if queries.row_bits is not None:
+            bits = self.row(self.padded_rows(queries.row_bits, fill=0), i, last=True)
+            s = self._for_each_head(self._of_column(keys.positions, j))
+            keep = orient(kept(bits[..., :, None], s[..., None, :], scoring.dropout_rate))
+        return scores, shown, keep
+
+    def _for_each_head(self, x: Array) -> Array:
+        """[b, 1 or K, ...] as [B K, ...], or as [1, ...] where all heads of all rows share it."""
+        if x.shape[:2] == (1, 1):
+            return x[0]
+        B, K = self.keys.k.shape[:2]
+        return jnp.broadcast_to(x, (B, K, *x.shape[2:])).reshape(B * K, *x.shape[2:])
+
+    def _of_row(self, x: Array | None, i) -> Array | None:
+        """Tile i of [b, T] as [b, 1, G * size]."""
+        if x is None:
+            return None
+        x = jnp.pad(x, ((0, 0), (0, self.rows.padding)), mode="edge")
+        return jnp.tile(lax.dynamic_slice_in_dim(x, i * self.rows.size, self.rows.size, 1)[:, None], self.G)
+
+    def _of_column(self, x: Array | None, j) -> Array | None:
+        """Tile j of [b, S] as [b, 1, size]."""
+        if x is None:
+            return None
+        x = jnp.pad(x, ((0, 0), (0, self.columns.padding)), mode="edge")
+        return self.column(x, j)[:, None]
 
 
 def _product(a: Array, b: Array) -> Array:
-    """Batched a @ b over leading axes [B, K]."""
-    return float32_einsum("bkij,bkjl->bkil", a, b)
+    """Batched a @ b."""
+    return float32_einsum("nij,njl->nil", a, b)
 
 
-def _pad(x: Array, axis: int, padding: int, value: float = 0.0) -> Array:
+def _pad(x: Array, axis: int, padding: int, value: float) -> Array:
     if padding == 0:
         return x
     widths = [(0, 0)] * x.ndim
@@ -177,68 +330,35 @@ def _pad(x: Array, axis: int, padding: int, value: float = 0.0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _fold_queries(x_BTHD: Array, K: int, tiling: _Tiling) -> Array:
-    """[B, T, H, D] -> [count, B, K, G * size, D]."""
-    B, _, H, D = x_BTHD.shape
-    x = _pad(x_BTHD, 1, tiling.padding).reshape(B, tiling.count, tiling.size, K, H // K, D)
-    return x.transpose(1, 0, 3, 4, 2, 5).reshape(tiling.count, B, K, -1, D)
+def _sweep(limits: Bounds, step, carry, *, all_open: bool):
+    """`carry` after every reachable tile of a row: masked ones, open ones, masked ones."""
+    if all_open:
+        return lax.fori_loop(limits.first, limits.stop, lambda j, carry: step(j, carry, False), carry)
+    carry = lax.fori_loop(limits.first, limits.open_first, lambda j, carry: step(j, carry, True), carry)
+    carry = lax.fori_loop(limits.open_first, limits.open_stop, lambda j, carry: step(j, carry, False), carry)
+    return lax.fori_loop(limits.open_stop, limits.stop, lambda j, carry: step(j, carry, True), carry)
 
 
-def _unfold_queries(x: Array, tiling: _Tiling, shape: tuple[int, int, int, int]) -> Array:
-    B, T, H, D = shape
-    K = x.shape[2]
-    x = x.reshape(tiling.count, B, K, H // K, tiling.size, D).transpose(1, 0, 4, 2, 3, 5)
-    return x.reshape(B, -1, H, D)[:, :T]
+def _tied(queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
+    """Both, with positions and segment ids made to depend on the data.
 
-
-def _fold_rows(x_BHT: Array, K: int, tiling: _Tiling, *, fill: float) -> Array:
-    """[B, H, T] -> [count, B, K, G * size]."""
-    B, H, _ = x_BHT.shape
-    x = _pad(x_BHT, 2, tiling.padding, fill).reshape(B, K, H // K, tiling.count, tiling.size)
-    return x.transpose(3, 0, 1, 2, 4).reshape(tiling.count, B, K, -1)
-
-
-def _unfold_rows(x: Array, tiling: _Tiling, shape: tuple[int, int, int]) -> Array:
-    B, H, T = shape
-    K = x.shape[2]
-    x = x.reshape(tiling.count, B, K, H // K, tiling.size).transpose(1, 2, 3, 0, 4)
-    return x.reshape(B, H, -1)[:, :, :T]
-
-
-def _fold_keys(x_BSKD: Array, tiling: _Tiling) -> Array:
-    """[B, S, K, D] -> [count, B, K, size, D]."""
-    B, _, K, D = x_BSKD.shape
-    x = _pad(x_BSKD, 1, tiling.padding).reshape(B, tiling.count, tiling.size, K, D)
-    return x.transpose(1, 0, 3, 2, 4)
-
-
-def _unfold_keys(x: Array, tiling: _Tiling, length: int) -> Array:
-    count, B, K, size, D = x.shape
-    return x.transpose(1, 0, 3, 2, 4).reshape(B, count * size, K, D)[:, :length]
-
-
-def _hide(scores: Array, mask: Bool[Array, "a b"], G: int, *, queries_last=False, value=_LOWEST) -> Array:
-    """`scores` with what `mask` does not show set to `value`, the G heads of a group sharing one mask."""
-    B, K, rows, columns = scores.shape
-    shape = (B, K, rows, G, columns // G) if queries_last else (B, K, G, rows // G, columns)
-    shown = mask[:, None, :] if queries_last else mask
-    return jnp.where(shown, scores.reshape(shape), value).reshape(scores.shape)
-
-
-def _tied_iota(size: int, anchor: Array) -> Array:
-    """0..size-1, made to depend on `anchor`.
-
-    Differentiating a scan over layers hoists whatever does not depend on its carry and stores it for every
-    iteration of every loop inside: a mask made of constants would be kept, as bool and as float32, for every
-    tile of every layer, which is quadratic memory. Depending on the data keeps it where it is used.
+    Differentiating a scan over layers hoists whatever does not depend on its carry and stores it for every iteration
+    of every loop inside: a mask made of constants would be kept, as bool and as float32, for every tile of every
+    layer, which is quadratic memory. Depending on the data keeps it where it is used.
     """
-    return lax.optimization_barrier((lax.iota(jnp.int32, size), anchor.ravel()[0]))[0]
+    anchor = queries.q.ravel()[0]
+    tie = lambda x: None if x is None else lax.optimization_barrier((x, anchor))[0]  # noqa: E731
+    return (
+        queries._replace(
+            positions=tie(queries.positions),
+            segment_ids=tie(queries.segment_ids),
+            slopes=tie(queries.slopes),
+            row_bits=tie(queries.row_bits),
+        ),
+        keys._replace(positions=tie(keys.positions), segment_ids=tie(keys.segment_ids)),
+    )
 
 
-def _causal_mask(size: int, anchor: Array) -> Bool[Array, "T S"]:
-    iota = _tied_iota(size, anchor)
-    return iota[:, None] >= iota[None, :]
-
-
-def _padding_mask(columns: _Tiling, anchor: Array) -> Bool[Array, "1 S"]:
-    return (_tied_iota(columns.size, anchor) < columns.size - columns.padding)[None, :]
+def _iota(size: int, anchor: Array) -> Array:
+    """[[0, ..., size - 1]], made to depend on `anchor`; see `_tied`."""
+    return lax.optimization_barrier((lax.iota(jnp.int32, size), anchor.ravel()[0]))[0][None]

@@ -1,0 +1,262 @@
+"""The one call: exact attention over a sequence that may be sharded, by any strategy."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ring_rl.kernels.checks import check_shapes, checked_side
+from ring_rl.kernels.choose import choose_strategy
+from ring_rl.kernels.cost import STRATEGIES, Strategy
+from ring_rl.kernels.dropout import Dropout
+from ring_rl.kernels.hardware import hardware_for
+from ring_rl.kernels.layout import Layout, check_length, layout_order, natural_order
+from ring_rl.kernels.local.block import Demand, LocalBlock, LocalName, Scoring
+from ring_rl.kernels.local.select import select_block
+from ring_rl.kernels.local.xla import XlaBlock
+from ring_rl.kernels.mask import Mask
+from ring_rl.kernels.reference import reference_attention
+from ring_rl.kernels.strategies import window
+from ring_rl.kernels.strategies.plan import Plan, Side, relations
+from ring_rl.kernels.strategies.sharded import Exchange, attend
+from ring_rl.kernels.strategies.ulysses import attend_by_heads, check_heads
+from ring_rl.typing import Array, Float, Float32, Int
+
+
+class AttentionOutput(NamedTuple):
+    """What attention returns; both are differentiable.
+
+    Attributes:
+        out: In the dtype of the queries.
+        log_sum_exp: log Σ exp(logit) over the visible keys, natural base; -inf for a row that sees nothing.
+    """
+
+    out: Float[Array, "B T H D"]
+    log_sum_exp: Float32[Array, "B H T"]
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    *,
+    mask: Mask,
+    axis_name: str | tuple[str, str] | None = None,
+    layout: Layout = "contiguous",
+    strategy: Strategy | str = "auto",
+    positions: Int[Array, "b T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes: Float[Array, " H"] | None = None,
+    dropout: Dropout | None = None,
+    local: LocalName | LocalBlock = "auto",
+    block_size: int | None = None,
+) -> AttentionOutput:
+    """softmax(scale q kᵀ + mask) v over a sequence that is sharded over mesh axis `axis_name`.
+
+    Call it where the axis is bound: inside `jax.shard_map`, or inside `jax.vmap(axis_name=...)`, which puts a virtual
+    ring of any size on one device. Every argument with a token axis holds this device's T tokens, in `layout` order.
+
+        strategy     axis_name            what moves                     needs
+        ring         one axis             keys and values, hop by hop
+        all_gather   one axis             keys and values, all at once
+        ulysses      one axis             heads against tokens           devices divide H (`ulysses.check_heads`)
+        hybrid       (ring, ulysses)      both; tokens sharded P((ring, ulysses)), layout that of the ring axis
+        blockwise    None                 nothing
+        dense        None                 nothing; O(T²) memory, differentiated by jax: the specification
+        auto         any of them          what `choose_strategy` says for one axis
+
+    Where a sliding window needs only neighbours, "ring" asks only those.
+
+    Args:
+        q: Queries. H must be a multiple of K (grouped-query attention); keys are never repeated.
+        k: Keys.
+        v: Values.
+        mask: What may attend to what.
+        axis_name: The mesh axis, or the two, that the sequence is sharded over; None if it is all here.
+        layout: Which tokens a device holds. "zigzag" balances causal work.
+        strategy: How shards meet.
+        positions: Global positions, ascending on each device, where no layout gives them.
+        segment_ids: Documents of packed rows; a token sees only its own. Negative ids are padding.
+        scale: Multiplies q kᵀ; 1/√D by default.
+        soft_cap: c in c tanh(logit / c), applied after `scale`.
+        alibi_slopes: Subtracts slope_h |query position - key position| from logits; constant, not differentiated.
+        dropout: Sets weights to zero by a rule over global positions: the same for every ring size and strategy.
+        local: The block that computes one device's share.
+        block_size: Largest edge of a tile of scores in the XLA block; None leaves it to the block.
+
+    Raises:
+        ValueError: The shapes do not fit together, the layout or the devices do not divide them, the strategy does
+            not fit the axis, or the local block cannot serve; the error says what would.
+
+    Per device O(T · visible keys) work and O(T) memory. Sums are float32 throughout. arXiv:2310.01889.
+    """
+    check_shapes(q, k, v)
+    settings = _Settings(
+        mask=mask,
+        layout=layout,
+        scoring=Scoring(
+            scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
+            soft_cap=soft_cap,
+            dropout_rate=0.0 if dropout is None else dropout.rate,
+        ),
+        local=local,
+        block_size=block_size,
+    )
+    side = checked_side(
+        q, positions=positions, segment_ids=segment_ids, alibi_slopes=alibi_slopes, dropout=dropout
+    )
+    strategy = _resolve(strategy, q, k, mask=mask, axis_name=axis_name, layout=layout)
+    if strategy == "dense":
+        return AttentionOutput(*settings.dense(q, k, v, side))
+    if strategy == "ulysses" and isinstance(axis_name, str):
+        return AttentionOutput(*settings.ulysses(axis_name, q, k, v, side))
+    if strategy == "hybrid" and isinstance(axis_name, tuple):
+        return AttentionOutput(*settings.hybrid(axis_name[0], axis_name[1], q, k, v, side))
+    exchange: Exchange = "all_gather" if strategy == "all_gather" else "ring"
+    one_axis = axis_name if isinstance(axis_name, str) else None
+    return AttentionOutput(*settings.over_shards(one_axis, exchange, q, k, v, side))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """What is the same for every strategy."""
+
+    mask: Mask
+    layout: Layout
+    scoring: Scoring
+    local: LocalName | LocalBlock
+    block_size: int | None
+
+    def over_shards(self, axis_name: str | None, exchange: Exchange, q, k, v, side: Side) -> tuple[Array, Array]:
+        """Attention over one axis, or none; keys come to the queries."""
+        size, length = 1 if axis_name is None else lax.axis_size(axis_name), q.shape[1]
+        placed = side.positions is not None
+        if not placed:
+            check_length(length * size, ring_size=size, layout=self.layout)
+        # Before the block is known a plan is made with one that knows no positions: those are the fewest demands.
+        plan = Plan(
+            axis_name=axis_name,
+            size=size,
+            layout=self.layout,
+            placed=placed,
+            mask=self.mask,
+            scoring=self.scoring,
+            looks_at_positions=False,
+            prefers_positions=False,
+            local=XlaBlock(block_size=1),
+        )
+        if exchange == "ring" and window.serves(plan, length):
+            exchange = "window"
+        if size == 1:
+            exchange = "ring"
+        demand = Demand(
+            dtype=q.dtype.name,
+            head_dim=q.shape[-1],
+            query_heads=q.shape[2],
+            key_value_heads=k.shape[2],
+            length=length,
+            devices=size,
+            relations=window.relations(plan, length) if exchange == "window" else relations(plan, length),
+            segments=side.segment_ids is not None,
+            alibi=side.alibi_slopes is not None,
+            scoring=self.scoring,
+        )
+        local = select_block(self.local, demand, block_size=self.block_size)
+        plan = dataclasses.replace(
+            plan,
+            local=local,
+            looks_at_positions=local.looks_at_positions,
+            prefers_positions=local.prefers_positions,
+        )
+        return attend(plan, exchange, q, k, v, side)
+
+    def ulysses(self, axis_name: str, q, k, v, side: Side) -> tuple[Array, Array]:
+        """Attention over one axis; every device gets all tokens, in natural order, and a share of the heads."""
+        devices = lax.axis_size(axis_name)
+        check_heads(query_heads=q.shape[2], key_value_heads=k.shape[2], devices=devices)
+        if side.positions is None:
+            check_length(q.shape[1] * devices, ring_size=devices, layout=self.layout)
+            gathered = partial(natural_order, ring_size=devices, layout=self.layout)
+            scattered = partial(layout_order, ring_size=devices, layout=self.layout)
+        else:
+            gathered = scattered = _unchanged
+        inner = partial(dataclasses.replace(self, layout="contiguous").over_shards, None, "ring")
+        return attend_by_heads(
+            q, k, v, side, axis_name=axis_name, gathered=gathered, scattered=scattered, attend=inner
+        )
+
+    def hybrid(self, ring_axis: str, ulysses_axis: str, q, k, v, side: Side) -> tuple[Array, Array]:
+        """Attention over two axes: tokens and heads change places on the inner one, a ring runs over the outer."""
+        devices = lax.axis_size(ulysses_axis)
+        check_heads(query_heads=q.shape[2], key_value_heads=k.shape[2], devices=devices)
+        inner = partial(self.over_shards, ring_axis, "ring")
+        return attend_by_heads(
+            q, k, v, side, axis_name=ulysses_axis, gathered=_unchanged, scattered=_unchanged, attend=inner
+        )
+
+    def dense(self, q, k, v, side: Side) -> tuple[Array, Array]:
+        """The reference, with float32 sums."""
+        in_float32 = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+        out, log_sum_exp = reference_attention(
+            *map(in_float32, (q, k, v)),
+            mask=self.mask,
+            scale=self.scoring.scale,
+            query_positions=side.positions,
+            key_positions=side.positions,
+            query_segments=side.segment_ids,
+            key_segments=side.segment_ids,
+            soft_cap=self.scoring.soft_cap,
+            alibi_slopes=side.alibi_slopes,
+            dropout=side.dropout,
+        )
+        return out.astype(q.dtype), log_sum_exp
+
+
+def _resolve(
+    strategy: str, q: Array, k: Array, *, mask: Mask, axis_name: str | tuple[str, str] | None, layout: Layout
+) -> Strategy:
+    """The strategy that runs; checks that it fits the axis.
+
+    Raises:
+        ValueError: Unknown, or of another number of axes.
+    """
+    axes = 0 if axis_name is None else 1 if isinstance(axis_name, str) else len(axis_name)
+    if strategy == "auto":
+        if axes == 1 and isinstance(axis_name, str):
+            size = lax.axis_size(axis_name)
+            chosen = choose_strategy(
+                mask=mask,
+                layout=layout,
+                tokens=q.shape[1] * size,
+                ring_size=size,
+                query_heads=q.shape[2],
+                key_value_heads=k.shape[2],
+                head_dim=q.shape[-1],
+                element_bytes=q.dtype.itemsize,
+                hardware=hardware_for(jax.devices()[0].device_kind),
+            )
+            # One device on the axis: a ring of one.
+            strategy = "ring" if chosen == "blockwise" else chosen
+        else:
+            strategy = "blockwise" if axes == 0 else "hybrid"
+    needed = {"blockwise": 0, "dense": 0, "ring": 1, "all_gather": 1, "ulysses": 1, "hybrid": 2}
+    if strategy not in needed:
+        raise ValueError(f"unknown strategy {strategy!r}; choose one of auto, {', '.join(STRATEGIES)}")
+    if axes != needed[strategy]:
+        fitting = ", ".join(name for name, count in needed.items() if count == axes) or "none"
+        raise ValueError(
+            f"strategy {strategy!r} runs over {needed[strategy]} mesh axes, got axis_name={axis_name!r}; "
+            f"strategies for that: {fitting}"
+        )
+    return cast(Strategy, strategy)
+
+
+def _unchanged(x: Array, *, axis: int) -> Array:
+    del axis
+    return x
