@@ -41,6 +41,11 @@ class CudnnBlock:
         return False
 
     @property
+    def prefers_positions(self) -> bool:
+        """It cannot look at them."""
+        return False
+
+    @property
     def heads_at_once(self) -> None:
         """It takes all heads and rows of the batch at once."""
         return None

@@ -61,6 +61,11 @@ class PallasTpuBlock:
         return True
 
     @property
+    def prefers_positions(self) -> bool:
+        """Not measured, so the rectangles without a mask are preferred."""
+        return False
+
+    @property
     def heads_at_once(self) -> None:
         """It takes all heads and rows of the batch at once."""
         return None
