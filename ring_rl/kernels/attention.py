@@ -54,6 +54,7 @@ def attention(
     soft_cap: float | None = None,
     alibi_slopes: Float[Array, " H"] | None = None,
     dropout: Dropout | None = None,
+    log_sum_exp_gradient: bool = True,
     local: LocalName | LocalBlock = "auto",
     block_size: int | None = None,
 ) -> AttentionOutput:
@@ -87,6 +88,8 @@ def attention(
         soft_cap: c in c tanh(logit / c), applied after `scale`.
         alibi_slopes: Subtracts slope_h |query position - key position| from logits; constant, not differentiated.
         dropout: Sets weights to zero by a rule over global positions: the same for every ring size and strategy.
+        log_sum_exp_gradient: Whether a gradient may reach `log_sum_exp`; False stops it there, which spares some
+            blocks (cuDNN's) half of backward.
         local: The block that computes one device's share.
         block_size: Largest edge of a tile of scores in the XLA block; None leaves it to the block.
 
@@ -107,6 +110,7 @@ def attention(
         ),
         local=local,
         block_size=block_size,
+        log_sum_exp_gradient=log_sum_exp_gradient,
     )
     side = checked_side(
         q, positions=positions, segment_ids=segment_ids, alibi_slopes=alibi_slopes, dropout=dropout
@@ -132,6 +136,7 @@ class _Settings:
     scoring: Scoring
     local: LocalName | LocalBlock
     block_size: int | None
+    log_sum_exp_gradient: bool
 
     def over_shards(self, axis_name: str | None, exchange: Exchange, q, k, v, side: Side) -> tuple[Array, Array]:
         """Attention over one axis, or none; keys come to the queries."""
@@ -166,6 +171,7 @@ class _Settings:
             segments=side.segment_ids is not None,
             alibi=side.alibi_slopes is not None,
             scoring=self.scoring,
+            log_sum_exp_gradient=self.log_sum_exp_gradient,
         )
         local = select_block(self.local, demand, block_size=self.block_size)
         plan = dataclasses.replace(
@@ -174,7 +180,8 @@ class _Settings:
             looks_at_positions=local.looks_at_positions,
             prefers_positions=local.prefers_positions,
         )
-        return attend(plan, exchange, q, k, v, side)
+        out, log_sum_exp = attend(plan, exchange, q, k, v, side)
+        return out, log_sum_exp if self.log_sum_exp_gradient else lax.stop_gradient(log_sum_exp)
 
     def ulysses(self, axis_name: str, q, k, v, side: Side) -> tuple[Array, Array]:
         """Attention over one axis; every device gets all tokens, in natural order, and a share of the heads."""

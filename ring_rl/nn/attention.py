@@ -53,6 +53,7 @@ class Attention(nnx.Module):
                 mask=CAUSAL,
                 layout=parallel.layout,
                 strategy="ring",
+                log_sum_exp_gradient=False,
                 block_size=self.block_size,
             ).out
 

@@ -13,8 +13,8 @@ from ring_rl.kernels.mask import CAUSAL, FULL, Mask
 from ring_rl.kernels.tokens import Cotangents, Keys, Queries
 from ring_rl.typing import Array, Float32
 
-LocalName = Literal["auto", "xla", "cudnn", "splash"]
-LOCAL_NAMES: tuple[LocalName, ...] = ("auto", "xla", "cudnn", "splash")
+LocalName = Literal["auto", "xla", "cudnn", "pallas_tpu"]
+LOCAL_NAMES: tuple[LocalName, ...] = ("auto", "xla", "cudnn", "pallas_tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Demand:
         segments: Whether tokens carry segment ids.
         alibi: Whether logits carry ALiBi's bias.
         scoring: How logits become weights.
+        log_sum_exp_gradient: Whether a gradient may reach log_sum_exp.
     """
 
     dtype: str
@@ -95,6 +96,7 @@ class Demand:
     segments: bool
     alibi: bool
     scoring: Scoring
+    log_sum_exp_gradient: bool
 
 
 class LocalBlock(Protocol):

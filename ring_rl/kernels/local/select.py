@@ -5,24 +5,36 @@ import logging
 import jax
 
 from ring_rl.kernels.local.block import LOCAL_NAMES, Demand, LocalBlock, LocalName
+from ring_rl.kernels.local.cudnn import CudnnBlock
+from ring_rl.kernels.local.pallas_tpu import PallasTpuBlock
 from ring_rl.kernels.local.xla import XlaBlock
 
 _log = logging.getLogger(__name__)
 
-# Largest edge of a tile of scores in the XLA block. On a CPU one head's tiles, 256 KiB each, stay in a core's cache.
+# Largest edge of a tile of scores. On a CPU one head's tiles of a ring, 256 KiB each, stay in a core's cache; alone on
+# all cores, all heads' larger tiles are what XLA divides among them.
 BLOCK_SIZE = 512
-CPU_BLOCK_SIZE = 256
+RING_BLOCK_SIZE_ON_CPU = 256
 
 # The first that does not refuse runs. XLA serves every demand on every platform.
-_PREFERRED: dict[str, tuple[str, ...]] = {"gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}
+_PREFERRED: dict[str, tuple[LocalName, ...]] = {"gpu": ("cudnn", "xla"), "tpu": ("pallas_tpu", "xla")}
 
 
-def block_named(name: LocalName, *, block_size: int | None) -> LocalBlock:
-    """The block of that name; `block_size` is the edge of a tile where the block leaves that to its caller."""
+def block_named(name: LocalName, demand: Demand, *, block_size: int | None) -> LocalBlock:
+    """The block of that name; `block_size` is the edge of a tile where the block leaves that to its caller.
+
+    Raises:
+        ValueError: There is no such block.
+    """
     if name == "xla":
-        if jax.default_backend() == "cpu":
-            return XlaBlock(block_size=block_size or CPU_BLOCK_SIZE, heads_at_once=1, prefers_positions=True)
+        if jax.default_backend() == "cpu" and demand.devices > 1:
+            size = block_size or RING_BLOCK_SIZE_ON_CPU
+            return XlaBlock(block_size=size, heads_at_once=1, prefers_positions=True)
         return XlaBlock(block_size=block_size or BLOCK_SIZE)
+    if name == "cudnn":
+        return CudnnBlock(log_sum_exp_gradient=demand.log_sum_exp_gradient)
+    if name == "pallas_tpu":
+        return PallasTpuBlock(block_size=block_size or BLOCK_SIZE)
     raise ValueError(f"unknown local block {name!r}; choose one of {', '.join(LOCAL_NAMES)}")
 
 
@@ -35,14 +47,14 @@ def select_block(local: LocalName | LocalBlock, demand: Demand, *, block_size: i
     if local == "auto":
         refusals = []
         for name in _PREFERRED.get(jax.default_backend(), ("xla",)):
-            block = block_named(name, block_size=block_size)
+            block = block_named(name, demand, block_size=block_size)
             refusal = block.refusal(demand)
             if refusal is None:
                 _log.info("local attention block: %s%s", name, "".join(f"; {r}" for r in refusals))
                 return block
             refusals.append(f"not {name}: {refusal}")
         raise ValueError("no local attention block can serve: " + "; ".join(refusals))
-    block = block_named(local, block_size=block_size) if isinstance(local, str) else local
+    block = block_named(local, demand, block_size=block_size) if isinstance(local, str) else local
     refusal = block.refusal(demand)
     if refusal is not None:
         name = local if isinstance(local, str) else type(local).__name__

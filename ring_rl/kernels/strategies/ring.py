@@ -59,14 +59,14 @@ def backward(plan: Plan, q: Array, k: Array, v: Array, side: Side, cotangents: C
         dq, dk, dv = hops.backward(plan, queries, visitor, cotangents, earlier=earlier, tie=tie)
         return dq, jnp.stack([dk, dv])
 
-    def own_block(parts: list[hops.Rectangle], tie: Tie = untied) -> hops.Gradients:
+    def own_block(parts: list[hops.Rectangle], cotangents: Cotangents, tie: Tie = untied) -> hops.Gradients:
         return hops.own_block_backward(plan, queries, plan.keys(own, plan.index), cotangents, parts=parts, tie=tie)
 
     if plan.size == 1:
-        return own_block([hops.Rectangle(0, q.shape[2], 0, k.shape[2], plan.own_relation(q.shape[2]))])
+        return own_block([hops.Rectangle(0, q.shape[2], 0, k.shape[2], plan.own_relation(q.shape[2]))], cotangents)
     first_part, second_part = hops.own_block_parts(plan, q.shape[2])
     flying = InFlight(plan.send(own))
-    dq, dk_own, dv_own = own_block(first_part, flying.tie)
+    dq, dk_own, dv_own = own_block(first_part, cotangents, flying.tie)
     held = flying.arrays
 
     # `travelling` is the sum of what every device so far found for dk and dv of the shard it held.
@@ -88,10 +88,12 @@ def backward(plan: Plan, q: Array, k: Array, v: Array, side: Side, cotangents: C
         flying = InFlight(plan.send(travelling))
         dq_hop, found = hop(held, plan.size - 1, flying.tie)
         travelling = flying.arrays + found
+    # What is still to be merged must not be what hides the way home, nor may the rest of the own block run before it.
+    travelling, dq, cotangents = lax.optimization_barrier((travelling, dq + dq_hop, cotangents))
     flying = InFlight(plan.send(travelling))
-    dq_rest, dk_rest, dv_rest = own_block(second_part, flying.tie)
+    dq_rest, dk_rest, dv_rest = own_block(second_part, cotangents, flying.tie)
     dk_home, dv_home = flying.arrays
-    return dq + dq_hop + dq_rest, dk_own + dk_rest + dk_home, dv_own + dv_rest + dv_home
+    return dq + dq_rest, dk_own + dk_rest + dk_home, dv_own + dv_rest + dv_home
 
 
 def sender(plan: Plan, t: Array | int) -> Array:

@@ -112,7 +112,7 @@ def backward(plan: Plan, q: Array, k: Array, v: Array, side: Side, cotangents: C
     neighbours = _neighbours(plan, length)
     flying = InFlight([_fetch(plan, own, part) for part in neighbours])
 
-    def own_block(rows: slice, tie: Tie) -> Gradients:
+    def own_block(rows: slice, cotangents: Cotangents, tie: Tie) -> Gradients:
         start, stop, _ = rows.indices(plan.chunk(length))
         relation = _own_relation(plan, length)
         if relation.offset is not None:
@@ -125,7 +125,7 @@ def backward(plan: Plan, q: Array, k: Array, v: Array, side: Side, cotangents: C
 
     # One half of the own chunks covers the keys' arrival, the other the return of their gradients.
     half = plan.chunk(length) // 2
-    dq_late, dk, dv = own_block(slice(half, None), flying.tie)
+    dq_late, dk, dv = own_block(slice(half, None), cotangents, flying.tie)
     dq_beyond, returning = jnp.zeros(queries.q.shape, jnp.float32), []
     for part, held in zip(neighbours, flying.arrays, strict=True):
         exists = _exists(plan, part, q.shape[0])
@@ -139,9 +139,11 @@ def backward(plan: Plan, q: Array, k: Array, v: Array, side: Side, cotangents: C
         )
         dq_beyond += dq_part
         returning.append(jnp.stack([dk_part, dv_part]))
+    # As in a ring: the rest of the own block is what hides the way back.
+    returning, dq_beyond, cotangents = lax.optimization_barrier((returning, dq_beyond, cotangents))
     flying = InFlight([_send_back(plan, found, part) for part, found in zip(neighbours, returning, strict=True)])
     if half:
-        dq_early, dk_rest, dv_rest = own_block(slice(0, half), flying.tie)
+        dq_early, dk_rest, dv_rest = own_block(slice(0, half), cotangents, flying.tie)
         dq_late, dk, dv = jnp.concatenate([dq_early, dq_late], axis=2), dk + dk_rest, dv + dv_rest
     dkv = jnp.stack([dk, dv])
     for part, gradient in zip(neighbours, flying.arrays, strict=True):
