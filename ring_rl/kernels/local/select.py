@@ -1,6 +1,7 @@
 """Which local block runs: the fastest that can serve, or the one asked for."""
 
 import logging
+import os
 
 import jax
 
@@ -11,8 +12,8 @@ from ring_rl.kernels.local.xla import XlaBlock
 
 _log = logging.getLogger(__name__)
 
-# Largest edge of a tile of scores. On a CPU one head's tiles of a ring, 256 KiB each, stay in a core's cache; alone on
-# all cores, all heads' larger tiles are what XLA divides among them.
+# Largest edge of a tile of scores. On a CPU a ring has a thread for each device: one head's tile, 256 KiB, stays in a
+# core's cache. A device alone has all cores: as many heads as cores and larger tiles are what XLA divides among them.
 BLOCK_SIZE = 512
 RING_BLOCK_SIZE_ON_CPU = 256
 
@@ -27,9 +28,13 @@ def block_named(name: LocalName, demand: Demand, *, block_size: int | None) -> L
         ValueError: There is no such block.
     """
     if name == "xla":
-        if jax.default_backend() == "cpu" and demand.devices > 1:
-            size = block_size or RING_BLOCK_SIZE_ON_CPU
-            return XlaBlock(block_size=size, heads_at_once=1, prefers_positions=True)
+        if jax.default_backend() == "cpu":
+            alone = demand.devices == 1
+            return XlaBlock(
+                block_size=block_size or (BLOCK_SIZE if alone else RING_BLOCK_SIZE_ON_CPU),
+                heads_at_once=(os.cpu_count() or 1) if alone else 1,
+                prefers_positions=True,
+            )
         return XlaBlock(block_size=block_size or BLOCK_SIZE)
     if name == "cudnn":
         return CudnnBlock(log_sum_exp_gradient=demand.log_sum_exp_gradient)

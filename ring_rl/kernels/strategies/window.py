@@ -32,6 +32,10 @@ from ring_rl.kernels.tokens import Cotangents, Keys, Queries, stack_batches
 from ring_rl.typing import Array
 
 
+# A part that is no multiple of it would leave keys that do not exist in the tiles that most queries see in full.
+_TILE = 128
+
+
 class Neighbour(NamedTuple):
     """The part that chunks need of the chunk `distance` places before them (after, if negative).
 
@@ -138,7 +142,7 @@ def backward(plan: Plan, q: Array, k: Array, v: Array, side: Side, cotangents: C
             scoring=plan.scoring,
         )
         dq_beyond += dq_part
-        returning.append(jnp.stack([dk_part, dv_part]))
+        returning.append(jnp.stack([dk_part, dv_part])[:, :, :, _filler(part) :])
     # As in a ring: the rest of the own block is what hides the way back.
     returning, dq_beyond, cotangents = lax.optimization_barrier((returning, dq_beyond, cotangents))
     flying = InFlight([_send_back(plan, found, part) for part, found in zip(neighbours, returning, strict=True)])
@@ -170,7 +174,13 @@ def _own_relation(plan: Plan, length: int) -> Relation:
 def _relation(plan: Plan, length: int, part: Neighbour) -> Relation:
     # Blocks of block causality are counted from the start of the sequence, which a relative offset does not know.
     relative = plan.mask.causal_block_size == 1
-    return Relation(plan.mask, part.distance * plan.chunk(length) - part.start if relative else None)
+    first = part.start - _filler(part)
+    return Relation(plan.mask, part.distance * plan.chunk(length) - first if relative else None)
+
+
+def _filler(part: Neighbour) -> int:
+    """Keys put before a part, beyond the window, so that blocks cut it into whole tiles that end where it does."""
+    return -(part.stop - part.start) % _TILE if part.distance > 0 else 0
 
 
 def _holder(plan: Plan, chunk: int) -> tuple[int, int]:
@@ -243,11 +253,15 @@ def _exists(plan: Plan, part: Neighbour, batch: int) -> Array:
 def _placed(plan: Plan, held: Held, part: Neighbour, length: int) -> Keys:
     """The fetched keys with their global positions (any, where there is no such chunk)."""
     chunk, slots = plan.chunk(length), chunks_per_device(plan.layout)
-    k, v = held.kv
-    within = part.start + jnp.arange(part.stop - part.start)
+    filler = _filler(part)
+    k, v = jnp.pad(held.kv, ((0, 0), (0, 0), (0, 0), (filler, 0), (0, 0)))
+    within = part.start - filler + jnp.arange(k.shape[2])
     firsts = jnp.stack([(_chunk_of(plan, slot) - part.distance) * chunk for slot in range(slots)])
     positions = jnp.repeat(firsts, k.shape[0] // slots)[:, None] + within
-    return Keys(k, v, positions.astype(jnp.int32), held.segment_ids)
+    segment_ids = held.segment_ids
+    if segment_ids is not None:
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (filler, 0)), constant_values=-1)
+    return Keys(k, v, positions.astype(jnp.int32), segment_ids)
 
 
 def _chunk_of(plan: Plan, slot: int) -> Array:
