@@ -45,7 +45,7 @@ def attention(
     v: Float[Array, "B T K D"],
     *,
     mask: Mask,
-    axis_name: str | tuple[str, str] | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     layout: Layout = "contiguous",
     strategy: Strategy | str = "auto",
     positions: Int[Array, "b T"] | None = None,
@@ -112,19 +112,22 @@ def attention(
         block_size=block_size,
         log_sum_exp_gradient=log_sum_exp_gradient,
     )
-    side = checked_side(
-        q, positions=positions, segment_ids=segment_ids, alibi_slopes=alibi_slopes, dropout=dropout
-    )
-    strategy = _resolve(strategy, q, k, mask=mask, axis_name=axis_name, layout=layout)
-    if strategy == "dense":
-        return AttentionOutput(*settings.dense(q, k, v, side))
-    if strategy == "ulysses" and isinstance(axis_name, str):
-        return AttentionOutput(*settings.ulysses(axis_name, q, k, v, side))
-    if strategy == "hybrid" and isinstance(axis_name, tuple):
-        return AttentionOutput(*settings.hybrid(axis_name[0], axis_name[1], q, k, v, side))
-    exchange: Exchange = "all_gather" if strategy == "all_gather" else "ring"
-    one_axis = axis_name if isinstance(axis_name, str) else None
-    return AttentionOutput(*settings.over_shards(one_axis, exchange, q, k, v, side))
+    side = checked_side(q, positions=positions, segment_ids=segment_ids, alibi_slopes=alibi_slopes, dropout=dropout)
+    axes = _axes(axis_name)
+    strategy = _resolve(strategy, q, k, mask=mask, axes=axes, layout=layout, placed=positions is not None)
+    result: tuple[Array, Array]
+    match strategy:
+        case "dense":
+            result = settings.dense(q, k, v, side)
+        case "ulysses":
+            result = settings.ulysses(axes[0], q, k, v, side)
+        case "hybrid":
+            result = settings.hybrid(axes[0], axes[1], q, k, v, side)
+        case "all_gather":
+            result = settings.over_shards(axes[0], "all_gather", q, k, v, side)
+        case _:
+            result = settings.over_shards(axes[0] if axes else None, "ring", q, k, v, side)
+    return AttentionOutput(*result)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,9 +197,7 @@ class _Settings:
         else:
             gathered = scattered = _unchanged
         inner = partial(dataclasses.replace(self, layout="contiguous").over_shards, None, "ring")
-        return attend_by_heads(
-            q, k, v, side, axis_name=axis_name, gathered=gathered, scattered=scattered, attend=inner
-        )
+        return attend_by_heads(q, k, v, side, axis_name=axis_name, gathered=gathered, scattered=scattered, attend=inner)
 
     def hybrid(self, ring_axis: str, ulysses_axis: str, q, k, v, side: Side) -> tuple[Array, Array]:
         """Attention over two axes: tokens and heads change places on the inner one, a ring runs over the outer."""
@@ -209,9 +210,11 @@ class _Settings:
 
     def dense(self, q, k, v, side: Side) -> tuple[Array, Array]:
         """The reference, with float32 sums."""
-        in_float32 = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+        wide = jnp.promote_types(q.dtype, jnp.float32)
         out, log_sum_exp = reference_attention(
-            *map(in_float32, (q, k, v)),
+            q.astype(wide),
+            k.astype(wide),
+            v.astype(wide),
             mask=self.mask,
             scale=self.scoring.scale,
             query_positions=side.positions,
@@ -225,43 +228,54 @@ class _Settings:
         return out.astype(q.dtype), log_sum_exp
 
 
+def _axes(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes, as a tuple; one axis may be given bare.
+
+    Raises:
+        ValueError: Something else than names, or one twice.
+    """
+    axes = () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(axes, tuple) or not all(isinstance(name, str) for name in axes) or len(set(axes)) < len(axes):
+        raise ValueError(f"axis_name must be None, a name, or a tuple of different names; got {axis_name!r}")
+    return axes
+
+
 def _resolve(
-    strategy: str, q: Array, k: Array, *, mask: Mask, axis_name: str | tuple[str, str] | None, layout: Layout
+    strategy: str, q: Array, k: Array, *, mask: Mask, axes: tuple[str, ...], layout: Layout, placed: bool
 ) -> Strategy:
-    """The strategy that runs; checks that it fits the axis.
+    """The strategy that runs; checks that it fits the axes.
 
     Raises:
         ValueError: Unknown, or of another number of axes.
     """
-    axes = 0 if axis_name is None else 1 if isinstance(axis_name, str) else len(axis_name)
-    if strategy == "auto":
-        if axes == 1 and isinstance(axis_name, str):
-            size = lax.axis_size(axis_name)
-            chosen = choose_strategy(
-                mask=mask,
-                layout=layout,
-                tokens=q.shape[1] * size,
-                ring_size=size,
-                query_heads=q.shape[2],
-                key_value_heads=k.shape[2],
-                head_dim=q.shape[-1],
-                element_bytes=q.dtype.itemsize,
-                hardware=hardware_for(jax.devices()[0].device_kind),
-            )
-            # One device on the axis: a ring of one.
-            strategy = "ring" if chosen == "blockwise" else chosen
-        else:
-            strategy = "blockwise" if axes == 0 else "hybrid"
-    needed = {"blockwise": 0, "dense": 0, "ring": 1, "all_gather": 1, "ulysses": 1, "hybrid": 2}
-    if strategy not in needed:
+    needed: dict[str, int] = {"blockwise": 0, "dense": 0, "ring": 1, "all_gather": 1, "ulysses": 1, "hybrid": 2}
+    if strategy != "auto" and strategy not in needed:
         raise ValueError(f"unknown strategy {strategy!r}; choose one of auto, {', '.join(STRATEGIES)}")
-    if axes != needed[strategy]:
-        fitting = ", ".join(name for name, count in needed.items() if count == axes) or "none"
-        raise ValueError(
-            f"strategy {strategy!r} runs over {needed[strategy]} mesh axes, got axis_name={axis_name!r}; "
-            f"strategies for that: {fitting}"
-        )
-    return cast(Strategy, strategy)
+    if len(axes) > 2 or (strategy != "auto" and len(axes) != needed[strategy]):
+        fitting = ", ".join(name for name, count in needed.items() if count == len(axes)) or "none"
+        wanted = "at most 2 mesh axes" if strategy == "auto" else f"{needed[strategy]} mesh axes"
+        raise ValueError(f"strategy {strategy!r} runs over {wanted}, got {axes!r}; strategies for those: {fitting}")
+    if strategy != "auto":
+        return cast(Strategy, strategy)
+    if len(axes) != 1:
+        return "hybrid" if axes else "blockwise"
+    size = lax.axis_size(axes[0])
+    if placed:
+        # Where positions are given, nothing is known of neighbours: a window is served like any mask.
+        mask = dataclasses.replace(mask, window=None)
+    chosen = choose_strategy(
+        mask=mask,
+        layout=layout,
+        tokens=q.shape[1] * size,
+        ring_size=size,
+        query_heads=q.shape[2],
+        key_value_heads=k.shape[2],
+        head_dim=q.shape[-1],
+        element_bytes=q.dtype.itemsize,
+        hardware=hardware_for(jax.devices()[0].device_kind),
+    )
+    # One device on the axis: a ring of one.
+    return "ring" if chosen == "blockwise" else chosen
 
 
 def _unchanged(x: Array, *, axis: int) -> Array:

@@ -46,14 +46,14 @@ def checked_side(
             f"positions must be [1, {length}] or [{batch}, {length}] for q of shape {q.shape}, got {positions.shape}"
         )
     if segment_ids is not None and segment_ids.shape != (batch, length):
-        raise ValueError(
-            f"segment_ids must be [{batch}, {length}], an id for each token of q, got {segment_ids.shape}"
-        )
+        raise ValueError(f"segment_ids must be [{batch}, {length}], an id for each token of q, got {segment_ids.shape}")
     for name, ids in (("positions", positions), ("segment_ids", segment_ids)):
         if ids is not None and not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"{name} must be integers, got {ids.dtype}")
     if alibi_slopes is not None and alibi_slopes.shape != (heads,):
-        raise ValueError(f"alibi_slopes must be one number for each of the {heads} query heads, got {alibi_slopes.shape}")
+        raise ValueError(
+            f"alibi_slopes must be one number for each of the {heads} query heads, got {alibi_slopes.shape}"
+        )
     in_int32 = lambda x: None if x is None else x.astype(jnp.int32)  # noqa: E731
     return Side(
         positions=in_int32(positions),

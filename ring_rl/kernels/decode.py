@@ -24,7 +24,7 @@ from jax import lax, vmap
 from ring_rl.kernels.accumulate import float32_einsum
 from ring_rl.kernels.local.block import Scoring
 from ring_rl.kernels.mask import CAUSAL, Mask, visible
-from ring_rl.kernels.online_softmax_tokens_first import Partial, finish, rows_first
+from ring_rl.kernels.online_softmax import Partial, finish
 from ring_rl.kernels.varying import vary_alike
 from ring_rl.typing import Array, Bool, Float, Float32, Int, Int32
 
@@ -94,7 +94,7 @@ def decode_attention(
     partial = _attend(q, segment_ids, length_b, cache, mask, scoring, alibi_slopes, tile_size)
     if axis_name is not None:
         partial = _merge_over_devices(partial, axis_name, scatter=sharded_tokens)
-    return finish(partial)[0].astype(q.dtype)
+    return jnp.swapaxes(finish(partial)[0], 1, 2).astype(q.dtype)
 
 
 def write_cache(
@@ -299,7 +299,7 @@ def _attend(
         numerator_BKGtD, maximum_BKGt, denominator_BKGt = partial
         rows_BHt = (B, H, rows)
         return Partial(
-            jnp.moveaxis(numerator_BKGtD, 3, 1).reshape(B, rows, H, D),
+            numerator_BKGtD.reshape(B, H, rows, D),
             maximum_BKGt.reshape(rows_BHt),
             denominator_BKGt.reshape(rows_BHt),
         )
@@ -309,9 +309,8 @@ def _attend(
     tiles = lambda x: None if x is None else _row_tiles(x, count, rows)  # noqa: E731
     operands = (jnp.arange(count), tiles(q_BTHD), tiles(segments_BT))
     numerator, maximum, denominator = lax.map(lambda operand: attend_rows(*operand), operands)
-    tokens_last = lambda x_nBHt: jnp.moveaxis(x_nBHt, 0, 2).reshape(B, H, count * rows)[..., :T]  # noqa: E731
-    numerator_BTHD = jnp.moveaxis(numerator, 0, 1).reshape(B, count * rows, H, D)[:, :T]
-    return Partial(numerator_BTHD, tokens_last(maximum), tokens_last(denominator))
+    joined = lambda x: jnp.moveaxis(x, 0, 2).reshape(B, H, count * rows, *x.shape[4:])[:, :, :T]  # noqa: E731
+    return Partial(joined(numerator), joined(maximum), joined(denominator))
 
 
 def _extend(
@@ -352,12 +351,12 @@ def _merge_over_devices(partial: Partial, axis_name: str, *, scatter: bool) -> P
     """The softmax over all devices' slots: whole on each of them, or each its part of the tokens."""
     maximum_BHT = lax.pmax(partial.maximum, axis_name)
     kept_BHT = jnp.exp(partial.maximum - jnp.where(maximum_BHT > -jnp.inf, maximum_BHT, 0.0))
-    numerator_BTHD, denominator_BHT = rows_first(kept_BHT) * partial.numerator, kept_BHT * partial.denominator
+    numerator_BHTD, denominator_BHT = kept_BHT[..., None] * partial.numerator, kept_BHT * partial.denominator
     if not scatter:
-        return Partial(lax.psum(numerator_BTHD, axis_name), maximum_BHT, lax.psum(denominator_BHT, axis_name))
+        return Partial(lax.psum(numerator_BHTD, axis_name), maximum_BHT, lax.psum(denominator_BHT, axis_name))
     tokens = maximum_BHT.shape[2] // lax.axis_size(axis_name)
     return Partial(
-        lax.psum_scatter(numerator_BTHD, axis_name, scatter_dimension=1, tiled=True),
+        lax.psum_scatter(numerator_BHTD, axis_name, scatter_dimension=2, tiled=True),
         lax.dynamic_slice_in_dim(maximum_BHT, lax.axis_index(axis_name) * tokens, tokens, axis=2),
         lax.psum_scatter(denominator_BHT, axis_name, scatter_dimension=2, tiled=True),
     )

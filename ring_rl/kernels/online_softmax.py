@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from ring_rl.typing import Array, Float, Float32
+from ring_rl.typing import Array, Float32
 
 
 class Partial(NamedTuple):

@@ -3,6 +3,7 @@
 import math
 
 import jax.numpy as jnp
+from jax import lax
 
 from ring_rl.kernels.dropout import Dropout, kept, query_row_bits
 from ring_rl.kernels.mask import Mask, visible
@@ -52,7 +53,8 @@ def reference_attention(
         logits_BHTS -= alibi_slopes.astype(q.dtype)[:, None, None] * distance_bTS[:, None].astype(q.dtype)
     visible_bTS = visible(mask, positions_bT, positions_bS, query_segments, key_segments)
     logits_BHTS = jnp.where(visible_bTS[:, None], logits_BHTS, -jnp.inf)
-    maximum_BHT = jnp.max(logits_BHTS, axis=-1)
+    # It cancels, so it is no part of the derivative; differentiated, ties are split by comparing recomputed logits.
+    maximum_BHT = lax.stop_gradient(jnp.max(logits_BHTS, axis=-1))
     maximum_BHT = jnp.where(jnp.isfinite(maximum_BHT), maximum_BHT, 0)
     weights_BHTS = jnp.exp(logits_BHTS - maximum_BHT[..., None])
     sum_BHT = jnp.sum(weights_BHTS, axis=-1)

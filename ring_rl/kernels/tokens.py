@@ -6,6 +6,7 @@ come before tokens, so that a head's tokens are one stretch of memory. Fields th
 
 from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from ring_rl.typing import Array, Float, Float32, Int32, UInt32
@@ -83,17 +84,14 @@ def stack_batches(first: Stretch, second: Stretch) -> Stretch:
     """Two stretches of equal length as one of twice the batch."""
     batch = first[0].shape[0]
 
-    def both(a: Array | None, b: Array | None) -> Array | None:
-        if a is None or b is None:
-            return None
+    def both(a: Array, b: Array) -> Array:
         # A row that stood for the whole batch (positions, slopes) no longer does.
         whole = lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:]))  # noqa: E731
         return jnp.concatenate([whole(a), whole(b)])
 
-    return type(first)(*map(both, first, second))
+    return jax.tree.map(both, first, second)
 
 
 def select(condition: Array, first: Stretch, second: Stretch) -> Stretch:
     """`first` where the scalar `condition` holds, else `second`; both are computed, nothing branches."""
-    choose = lambda a, b: None if a is None else jnp.where(condition, a, b)  # noqa: E731
-    return type(first)(*map(choose, first, second))
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), first, second)

@@ -254,13 +254,17 @@ class _Work:
         """Bounds that a loop can go over."""
         return Bounds(*self.vary(*map(jnp.asarray, reach)))
 
-    def visible_tiles(self):
+    def visible_tiles(self) -> tuple[Array | np.ndarray, Array | np.ndarray]:
         """Which tiles are reachable and which open, to any and to all rows of the batch."""
         reachable, is_open = visible_tiles(
             self.queries, self.keys, relation=self.relation, rows=self.rows, columns=self.columns
         )
-        reachable = reachable.any(axis=0) if reachable.ndim == 3 else reachable
-        return reachable, is_open.all(axis=0) if is_open.ndim == 3 else is_open
+        # Known now they are of numpy and of no row in particular.
+        if isinstance(reachable, Array):
+            reachable = reachable.reshape(-1, *reachable.shape[-2:]).any(axis=0)
+        if isinstance(is_open, Array):
+            is_open = is_open.reshape(-1, *is_open.shape[-2:]).all(axis=0)
+        return reachable, is_open
 
     def finish_scores(self, product: Array, i, j, *, masked: bool, transposed: bool = False):
         """(logits, what is shown or None, what dropout keeps or None) of tile (i, j), from q·k."""
@@ -281,8 +285,8 @@ class _Work:
                 self.relation.mask,
                 self._of_row(self.mask_positions[0], i),
                 self._of_column(self.mask_positions[1], j),
-                self._of_row(queries.segment_ids, i),
-                self._of_column(keys.segment_ids, j),
+                None if queries.segment_ids is None else self._of_row(queries.segment_ids, i),
+                None if keys.segment_ids is None else self._of_column(keys.segment_ids, j),
             )
             if self.columns.padding:
                 index = j * self.columns.size + _iota(self.columns.size, queries.q)
@@ -302,17 +306,13 @@ class _Work:
         B, K = self.keys.k.shape[:2]
         return jnp.broadcast_to(x, (B, K, *x.shape[2:])).reshape(B * K, *x.shape[2:])
 
-    def _of_row(self, x: Array | None, i) -> Array | None:
+    def _of_row(self, x: Array, i) -> Array:
         """Tile i of [b, T] as [b, 1, G * size]."""
-        if x is None:
-            return None
         x = jnp.pad(x, ((0, 0), (0, self.rows.padding)), mode="edge")
         return jnp.tile(lax.dynamic_slice_in_dim(x, i * self.rows.size, self.rows.size, 1)[:, None], self.G)
 
-    def _of_column(self, x: Array | None, j) -> Array | None:
+    def _of_column(self, x: Array, j) -> Array:
         """Tile j of [b, S] as [b, 1, size]."""
-        if x is None:
-            return None
         x = jnp.pad(x, ((0, 0), (0, self.columns.padding)), mode="edge")
         return self.column(x, j)[:, None]
 

@@ -5,6 +5,8 @@ is looked up instead of passed on. One transfer to wait for instead of R - 1, an
 Backward gathers again rather than keep them, and scatters the sums of dk and dv in float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,9 +31,7 @@ def forward(plan: Plan, q: Array, k: Array, v: Array, side: Side) -> tuple[Array
         return hops.forward(plan, state, queries, visitor, earlier=sender_is_earlier(plan, t))
 
     relation = plan.own_relation(q.shape[2])
-    state = begin(
-        *plan.local.forward(queries, plan.keys(own, plan.index), relation=relation, scoring=plan.scoring)
-    )
+    state = begin(*plan.local.forward(queries, plan.keys(own, plan.index), relation=relation, scoring=plan.scoring))
     return finish(repeat(plan, hop, state, 1, plan.size))
 
 
@@ -79,7 +79,7 @@ def _reduce_scatter(plan: Plan, sums: Array) -> Array:
         plan.send(lax.dynamic_index_in_dim(sums, (plan.index + t) % plan.size, keepdims=False), by=t)
         for t in range(plan.size)
     ]
-    return sum(parts[1:], start=parts[0])
+    return functools.reduce(jnp.add, parts)
 
 
 def _shard(gathered: Held, device: Array) -> Held:

@@ -24,4 +24,3 @@ class InFlight:
         """`results`, and nothing in flight is read before they are there; for `LocalBlock`'s argument `tie`."""
         self.arrays, results = lax.optimization_barrier((self.arrays, results))
         return results
-

@@ -98,7 +98,7 @@ def backward(plan: Plan, q: Array, k: Array, v: Array, side: Side, cotangents: C
 
 def sender(plan: Plan, t: Array | int) -> Array:
     """The device whose keys are here at hop t."""
-    return (plan.index - t) % plan.size
+    return jnp.asarray((plan.index - t) % plan.size)
 
 
 def sender_is_earlier(plan: Plan, t: Array | int) -> Array:

@@ -71,9 +71,7 @@ def _shared(side: Side, heads: int, axis_name: str, gathered: Reorder) -> Side:
     """The side information of all tokens and this device's heads."""
     first = lax.axis_index(axis_name) * heads
     tokens = lambda x: None if x is None else gathered(lax.all_gather(x, axis_name, axis=1, tiled=True), axis=1)  # noqa: E731
-    return side._replace(
-        positions=tokens(side.positions), segment_ids=tokens(side.segment_ids)
-    ).of_heads(first, heads)
+    return side._replace(positions=tokens(side.positions), segment_ids=tokens(side.segment_ids)).of_heads(first, heads)
 
 
 def _exchange(x: Array, axis_name: str, *, split: int, join: int) -> Array:

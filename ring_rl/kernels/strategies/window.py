@@ -28,9 +28,8 @@ from ring_rl.kernels.online_softmax import begin, finish, merge, where_seen
 from ring_rl.kernels.strategies.flight import InFlight
 from ring_rl.kernels.strategies.hop import Gradients
 from ring_rl.kernels.strategies.plan import Held, Plan, Side
-from ring_rl.kernels.tokens import Cotangents, Keys, Queries, stack_batches
+from ring_rl.kernels.tokens import Cotangents, Keys, stack_batches
 from ring_rl.typing import Array
-
 
 # A part that is no multiple of it would leave keys that do not exist in the tiles that most queries see in full.
 _TILE = 128
@@ -56,8 +55,8 @@ class Route(NamedTuple):
     Attributes:
         source: Slot of the givers.
         target: Slot of the takers.
-        permutation: (giver, taker) for every device: jax's batching wants complete ones, so devices that take
-            nothing are given something too.
+        permutation: (giver, taker); in a virtual ring of every device, for jax batches no other permutes: who takes
+            nothing is given something all the same.
         takes: Whether a device needs what it is given.
     """
 
@@ -158,11 +157,9 @@ def backward(plan: Plan, q: Array, k: Array, v: Array, side: Side, cotangents: C
 def _neighbours(plan: Plan, length: int) -> list[Neighbour]:
     """The parts of other chunks that a chunk needs, nearest first."""
     chunk = plan.chunk(length)
-    back, ahead = plan.mask.reach()
-    assert back is not None and ahead is not None  # `serves` said so
-    before = [
-        Neighbour(d, max(0, chunk - (back - (d - 1) * chunk)), chunk) for d in range(1, -(-back // chunk) + 1)
-    ]
+    # `serves` has seen that both are limited.
+    back, ahead = (limit or 0 for limit in plan.mask.reach())
+    before = [Neighbour(d, max(0, chunk - (back - (d - 1) * chunk)), chunk) for d in range(1, -(-back // chunk) + 1)]
     after = [Neighbour(-d, 0, min(chunk, ahead - (d - 1) * chunk)) for d in range(1, -(-ahead // chunk) + 1)]
     return [part for part in before + after if abs(part.distance) < plan.size * chunks_per_device(plan.layout)]
 
@@ -179,8 +176,12 @@ def _relation(plan: Plan, length: int, part: Neighbour) -> Relation:
 
 
 def _filler(part: Neighbour) -> int:
-    """Keys put before a part, beyond the window, so that blocks cut it into whole tiles that end where it does."""
-    return -(part.stop - part.start) % _TILE if part.distance > 0 else 0
+    """Keys put before a part, so that blocks cut it into whole tiles that end where it does.
+
+    They stand for keys of the same chunk that are beyond the window, and are hidden by it; so there must be as many.
+    """
+    filler = -(part.stop - part.start) % _TILE
+    return filler if part.distance > 0 and filler <= part.start else 0
 
 
 def _holder(plan: Plan, chunk: int) -> tuple[int, int]:
@@ -198,16 +199,19 @@ def _routes(plan: Plan, distance: int) -> list[Route]:
         if 0 <= chunk - distance < chunks:
             (giver, source), (taker, target) = _holder(plan, chunk - distance), _holder(plan, chunk)
             pairs[source, target][giver] = taker
+    virtual = plan.axis_name not in jax.sharding.get_abstract_mesh().manual_axes
     routes = []
     for (source, target), found in sorted(pairs.items()):
-        givers = [i for i in range(plan.size) if i not in found]
-        takers = [i for i in range(plan.size) if i not in found.values()]
-        # To oneself where possible: that costs nothing.
-        rest = [i for i in givers if i not in takers], [i for i in takers if i not in givers]
-        complete = found | {i: i for i in givers if i in takers} | dict(zip(*rest, strict=True))
         takes = tuple(i in found.values() for i in range(plan.size))
-        routes.append(Route(source, target, tuple(sorted(complete.items())), takes))
+        permutation = _completed(found, plan.size) if virtual else found
+        routes.append(Route(source, target, tuple(sorted(permutation.items())), takes))
     return routes
+
+
+def _completed(pairs: dict[int, int], size: int) -> dict[int, int]:
+    """A permutation of all devices that holds `pairs`."""
+    givers, takers = set(range(size)) - set(pairs), set(range(size)) - set(pairs.values())
+    return pairs | dict(zip(sorted(givers), sorted(takers), strict=True))
 
 
 def _fetch(plan: Plan, own: Held, part: Neighbour) -> Held:
