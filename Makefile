@@ -1,15 +1,18 @@
 # make demo   set up, then: collect data, train three agents, evaluate them, print a table
 # make test   set up, then run the tests
 # make check  lint, format, types, import contracts
+# make bench, overlap, errors   measure the attention kernels: speed, hidden transfers, accuracy
 # Everything goes into .venv; nothing else on the machine is touched.
 
 # The newest Python that every dependency has wheels for comes first; any from 3.11 on will do.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 BIN := .venv/bin
+# Any torch will do; this one is small where its file is at hand.
+TORCH ?= torch==2.13.0
 INSTALL := --constraint constraints.txt --editable '.[simulator,development]'
 
-.PHONY: demo test check format setup constraints memory clean
+.PHONY: demo test check format setup constraints memory bench overlap errors figures clean
 
 demo: setup
 	$(BIN)/python experiments/demo.py
@@ -30,6 +33,28 @@ format: setup
 # Compiled memory a device at 64K tokens for rings of 1, 2, 4 and 8.
 memory: setup
 	$(BIN)/python experiments/memory_by_ring_size.py overwrite=true
+
+# Our attention beside PyPI ringattention, jax.nn.dot_product_attention and torch, on the same inputs in one run.
+# torch's CPU build is enough; the default build on Linux brings gigabytes of CUDA.
+bench: setup
+	@$(BIN)/python -c 'import torch, ringattention' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH) 'ringattention==0.1.2' || \
+	  echo "torch or ringattention could not be installed: their ratios will be nan"
+	$(BIN)/python experiments/bench_kernels.py overwrite=true
+
+# Compiles the ring for v5e and v5p without a TPU and reads whether compute hides every transfer. Installs libtpu (700 MB).
+overlap: setup
+	@$(BIN)/python -c 'import libtpu' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tpu-compile]'
+	$(BIN)/python experiments/check_overlap.py overwrite=true
+
+# Error of rings of 1 to 16 against float64.
+errors: setup
+	$(BIN)/python experiments/error_by_ring_size.py overwrite=true
+
+# The pictures of ring_rl/kernels/README.md.
+figures: setup
+	$(BIN)/python experiments/draw_kernels.py --overwrite
 
 setup: .venv/ready
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ring_rl.kernels.checks import check_shapes, checked_side
+from ring_rl.kernels.checks import check_options, check_shapes, checked_side
 from ring_rl.kernels.choose import choose_strategy
 from ring_rl.kernels.cost import STRATEGIES, Strategy
 from ring_rl.kernels.dropout import Dropout
@@ -24,6 +24,7 @@ from ring_rl.kernels.strategies import window
 from ring_rl.kernels.strategies.plan import Plan, Side, relations
 from ring_rl.kernels.strategies.sharded import Exchange, attend
 from ring_rl.kernels.strategies.ulysses import attend_by_heads, check_heads
+from ring_rl.kernels.varying import vary_alike
 from ring_rl.typing import Array, Float, Float32, Int
 
 
@@ -91,15 +92,21 @@ def attention(
         log_sum_exp_gradient: Whether a gradient may reach `log_sum_exp`; False stops it there, which spares some
             blocks (cuDNN's) half of backward.
         local: The block that computes one device's share.
-        block_size: Largest edge of a tile of scores in the XLA block; None leaves it to the block.
+        block_size: Largest edge of a tile of scores, for blocks that are named and have tiles; None leaves it to them.
+
+    Differentiated once, in reverse; strategy="dense" serves forward mode and higher orders.
 
     Raises:
+        NameError: The axis is not bound here: call it inside `jax.shard_map` or `jax.vmap(axis_name=...)`.
         ValueError: The shapes do not fit together, the layout or the devices do not divide them, the strategy does
             not fit the axis, or the local block cannot serve; the error says what would.
 
     Per device O(T · visible keys) work and O(T) memory. Sums are float32 throughout. arXiv:2310.01889.
     """
     check_shapes(q, k, v)
+    check_options(mask=mask, layout=layout, block_size=block_size)
+    # Replicated where the others vary (keys of few heads under tensor parallelism), their gradients are summed there.
+    q, k, v = vary_alike(q, k, v)
     settings = _Settings(
         mask=mask,
         layout=layout,
@@ -183,8 +190,8 @@ class _Settings:
             looks_at_positions=local.looks_at_positions,
             prefers_positions=local.prefers_positions,
         )
-        out, log_sum_exp = attend(plan, exchange, q, k, v, side)
-        return out, log_sum_exp if self.log_sum_exp_gradient else lax.stop_gradient(log_sum_exp)
+        out, log_sum_exp = cast(tuple[Array, Array], attend(plan, exchange, q, k, v, side))
+        return out, self._log_sum_exp(log_sum_exp)
 
     def ulysses(self, axis_name: str, q, k, v, side: Side) -> tuple[Array, Array]:
         """Attention over one axis; every device gets all tokens, in natural order, and a share of the heads."""
@@ -225,7 +232,10 @@ class _Settings:
             alibi_slopes=side.alibi_slopes,
             dropout=side.dropout,
         )
-        return out.astype(q.dtype), log_sum_exp
+        return out.astype(q.dtype), self._log_sum_exp(log_sum_exp)
+
+    def _log_sum_exp(self, log_sum_exp: Array) -> Array:
+        return log_sum_exp if self.log_sum_exp_gradient else lax.stop_gradient(log_sum_exp)
 
 
 def _axes(axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -31,13 +31,13 @@ def check_heads(*, query_heads: int, key_value_heads: int, devices: int) -> None
     """Raises ValueError unless `devices` can share the heads."""
     if query_heads % devices:
         raise ValueError(
-            f"{query_heads} query heads cannot be shared by {devices} devices: Ulysses needs a multiple of the "
-            'devices; use strategy="ring" or a smaller axis'
+            f"{query_heads} query heads cannot be shared by the {devices} devices of an all-to-all: their number must "
+            'be a multiple; use strategy="ring" over one axis, or a smaller axis'
         )
     if key_value_heads % devices and devices % key_value_heads:
         raise ValueError(
-            f"{key_value_heads} key-value heads cannot be shared by {devices} devices: Ulysses needs a multiple or a "
-            'divisor of the devices; use strategy="ring" or a smaller axis'
+            f"{key_value_heads} key-value heads cannot be shared by the {devices} devices of an all-to-all: their "
+            'number must be a multiple or a divisor; use strategy="ring" over one axis, or a smaller axis'
         )
 
 
