@@ -20,8 +20,8 @@ from ring_rl.kernels.local.select import select_block
 from ring_rl.kernels.local.xla import XlaBlock
 from ring_rl.kernels.mask import Mask
 from ring_rl.kernels.reference import reference_attention
-from ring_rl.kernels.strategies import window
-from ring_rl.kernels.strategies.plan import Plan, Side, relations
+from ring_rl.kernels.strategies import ring, window
+from ring_rl.kernels.strategies.plan import Plan, Side
 from ring_rl.kernels.strategies.sharded import Exchange, attend
 from ring_rl.kernels.strategies.ulysses import attend_by_heads, check_heads
 from ring_rl.kernels.varying import vary_alike
@@ -104,7 +104,7 @@ def attention(
     Per device O(T · visible keys) work and O(T) memory. Sums are float32 throughout. arXiv:2310.01889.
     """
     check_shapes(q, k, v)
-    check_options(mask=mask, layout=layout, block_size=block_size)
+    check_options(mask=mask, layout=layout, block_size=block_size, scale=scale, soft_cap=soft_cap)
     # Replicated where the others vary (keys of few heads under tensor parallelism), their gradients are summed there.
     q, k, v = vary_alike(q, k, v)
     settings = _Settings(
@@ -177,7 +177,7 @@ class _Settings:
             key_value_heads=k.shape[2],
             length=length,
             devices=size,
-            relations=window.relations(plan, length) if exchange == "window" else relations(plan, length),
+            relations=window.relations(plan, length) if exchange == "window" else ring.relations(plan, length),
             segments=side.segment_ids is not None,
             alibi=side.alibi_slopes is not None,
             scoring=self.scoring,

@@ -1,5 +1,7 @@
 """Whether arguments of attention fit together: every error names the rule, the value and the remedy."""
 
+import numbers
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -21,13 +23,15 @@ def check_shapes(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Floa
         raise ValueError(f"q, k and v need at least one row, token, head and dimension, got {q.shape} and {k.shape}")
     if k.shape != v.shape or k.dtype != v.dtype:
         raise ValueError(f"k and v must have one shape and dtype, got {k.shape} {k.dtype} and {v.shape} {v.dtype}")
+    if q.dtype != k.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype} and {k.dtype}; cast one to the other")
     if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
         raise ValueError(
             f"q {q.shape} and k {k.shape} must agree in batch, local tokens and head dimension; "
             "only the number of heads may differ"
         )
-    if not {q.dtype.name, k.dtype.name} <= set(DTYPES):
-        raise ValueError(f"q, k and v must be one of {', '.join(DTYPES)}, got {q.dtype} and {k.dtype}; cast them")
+    if q.dtype.name not in DTYPES:
+        raise ValueError(f"q, k and v must be one of {', '.join(DTYPES)}, got {q.dtype}; cast them")
     if q.shape[2] % k.shape[2]:
         raise ValueError(
             f"{q.shape[2]} query heads cannot share {k.shape[2]} key-value heads; "
@@ -35,8 +39,15 @@ def check_shapes(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Floa
         )
 
 
-def check_options(*, mask: Mask, layout: str, block_size: int | None) -> None:
-    """Raises ValueError unless these are a mask, a known layout and a possible size."""
+def check_options(
+    *, mask: Mask, layout: str, block_size: int | None, scale: float | None, soft_cap: float | None
+) -> None:
+    """Raises ValueError unless these are a mask, a known layout, a possible size, and numbers known now."""
+    for name, value in (("scale", scale), ("soft_cap", soft_cap)):
+        if value is not None and not isinstance(value, numbers.Real):
+            raise ValueError(
+                f"{name} must be a number known when compiling, got {value!r}; multiply q by a learned one"
+            )
     if not isinstance(mask, Mask):
         raise ValueError(f"mask must be a Mask, such as CAUSAL or Mask(causal=True, window=1024); got {mask!r}")
     if layout not in LAYOUTS:

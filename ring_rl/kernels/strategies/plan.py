@@ -150,13 +150,3 @@ class Held(NamedTuple):
     def of(k: Array, v: Array, side: Side) -> "Held":
         """This device's own, before it has gone anywhere."""
         return Held(jnp.stack([k, v]), side.positions, side.segment_ids)
-
-
-def relations(plan: Plan, length: int) -> tuple[Relation, ...]:
-    """Every relation that a ring may ask of a local block; `length` is that of a shard."""
-    found = [plan.own_relation(length)]
-    if plan.size > 1:
-        found.append(Relation(plan.mask) if plan.hop_kind(length) == "by_position" else EVERYTHING)
-    if found[0].mask.causal:
-        found.append(EVERYTHING)  # below the diagonal, in backward
-    return tuple(dict.fromkeys(found))

@@ -13,6 +13,7 @@ own share is added there and never travels.
 import jax.numpy as jnp
 from jax import lax
 
+from ring_rl.kernels.local.block import EVERYTHING, Relation
 from ring_rl.kernels.local.ties import Tie, untied
 from ring_rl.kernels.online_softmax import Partial, begin, finish
 from ring_rl.kernels.strategies import hop as hops
@@ -20,6 +21,16 @@ from ring_rl.kernels.strategies.flight import InFlight
 from ring_rl.kernels.strategies.plan import Held, Plan, Side
 from ring_rl.kernels.tokens import Cotangents
 from ring_rl.typing import Array
+
+
+def relations(plan: Plan, length: int) -> tuple[Relation, ...]:
+    """Every relation that is asked of the local block, forward and backward; `length` is that of a shard."""
+    found = [plan.own_relation(length)]
+    if plan.size > 1:
+        found.append(Relation(plan.mask) if plan.hop_kind(length) == "by_position" else EVERYTHING)
+        first_part, second_part = hops.own_block_parts(plan, length)
+        found += [part.relation for part in first_part + second_part]
+    return tuple(dict.fromkeys(found))
 
 
 def forward(plan: Plan, q: Array, k: Array, v: Array, side: Side) -> tuple[Array, Array]:

@@ -78,7 +78,11 @@ def serves(plan: Plan, length: int) -> bool:
 
 def relations(plan: Plan, length: int) -> tuple[Relation, ...]:
     """Every relation that is asked of the local block."""
-    found = [_own_relation(plan, length), *(_relation(plan, length, part) for part in _neighbours(plan, length))]
+    halves = (0, plan.chunk(length) // 2)
+    found = [
+        *(_own_relation(plan, length, start) for start in halves),
+        *(_relation(plan, length, part) for part in _neighbours(plan, length)),
+    ]
     return tuple(dict.fromkeys(found))
 
 
@@ -117,9 +121,7 @@ def backward(plan: Plan, q: Array, k: Array, v: Array, side: Side, cotangents: C
 
     def own_block(rows: slice, cotangents: Cotangents, tie: Tie) -> Gradients:
         start, stop, _ = rows.indices(plan.chunk(length))
-        relation = _own_relation(plan, length)
-        if relation.offset is not None:
-            relation = Relation(relation.mask, relation.offset + start)
+        relation = _own_relation(plan, length, start)
         keys = _chunks(plan, plan.keys(own, plan.index))
         rows_of = lambda x: x.between(start, stop)  # noqa: E731
         return plan.local.backward(
@@ -164,8 +166,9 @@ def _neighbours(plan: Plan, length: int) -> list[Neighbour]:
     return [part for part in before + after if abs(part.distance) < plan.size * chunks_per_device(plan.layout)]
 
 
-def _own_relation(plan: Plan, length: int) -> Relation:
-    return Relation(plan.mask, 0 if plan.blocks_fit(length) else None)
+def _own_relation(plan: Plan, length: int, start: int = 0) -> Relation:
+    """Of a chunk's queries from `start` on to the keys of the same chunk."""
+    return Relation(plan.mask, start if plan.blocks_fit(length) else None)
 
 
 def _relation(plan: Plan, length: int, part: Neighbour) -> Relation:
