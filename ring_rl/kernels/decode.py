@@ -113,7 +113,16 @@ def write_cache(
     Arguments as in `decode_attention`; every device keeps what falls into its own slots. A jit that is given the
     caches as donated arguments writes in place: O(B K T D) work and memory, whatever the capacity. Tokens beyond the
     capacity are dropped; nothing that is cached is overwritten by them (`check_capacity` tells beforehand).
+
+    Raises:
+        ValueError: Tokens of another batch, number of heads or width than the cache's.
     """
+    (B, K, _, D), shape = k_cache.shape, k.shape
+    if k.shape != v.shape or k_cache.shape != v_cache.shape or (shape[0], *shape[2:]) != (B, K, D):
+        raise ValueError(
+            f"k and v must be [{B}, tokens, {K}, {D}] for caches {k_cache.shape} and {v_cache.shape}, "
+            f"got {k.shape} and {v.shape}"
+        )
     slots = _Slots.of(k_cache, axis_name, slot_block)
     if sharded_tokens:
         k, v = (lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))

@@ -73,7 +73,8 @@ def error(got, expected):
     tokens=st.sampled_from([1, 6, 48]),
     chunks=st.sampled_from([1, 2, 3, 48]),
     vocabulary=st.sampled_from([1, 2, 33]),
-    soft_cap=st.sampled_from([None, 3.0]),
+    # Large enough that tanh does not saturate: equal logits have no most likely one.
+    soft_cap=st.sampled_from([None, 30.0]),
     z_loss=st.sampled_from([0.0, 0.1]),
     dtype=st.sampled_from([np.float32, jnp.bfloat16]),
 )

@@ -336,3 +336,10 @@ def test_tiles_that_nobody_sees_are_not_read(mask, first_read):
     out = decode(rows_at(q, length, new), fill(k), fill(v), length=length)
     expected = expected_rows(q, k, v, np.zeros((BATCH, TOKENS), np.int32), None, mask=mask)
     np.testing.assert_allclose(out, rows_at(expected, length, new), atol=1e-5)
+
+
+def test_tokens_of_another_shape_than_the_cache_are_refused():
+    cache, tokens = jnp.zeros((2, 2, 8, 4)), jnp.zeros((2, 1, 2, 4))
+    for wrong in (tokens[:1], tokens[:, :, :1], tokens[..., :2]):
+        with pytest.raises(ValueError, match=r"k and v must be \[2, tokens, 2, 4\]"):
+            write_cache(cache, cache, wrong, wrong, length=0)

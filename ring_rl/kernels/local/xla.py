@@ -71,10 +71,10 @@ class XlaBlock:
         work = _Work.of(self, queries, keys, relation, scoring)
         rows = work.rows
         q, k, v = work.scaled_queries(), work.padded_keys(keys.k), work.padded_keys(keys.v)
-        kT = lax.optimization_barrier(jnp.swapaxes(k, -1, -2))
-        reach = bounds(*work.visible_tiles())
+        reachable, is_open = work.visible_tiles()
+        reach = bounds(reachable, is_open)
 
-        def attend(carry, q_tile, i, j, *, masked: bool):
+        def attend(carry, kT, q_tile, i, j, *, masked: bool):
             numerator, maximum, denominator = carry
             product = _product(q_tile, work.column(kT, j, axis=2))
             scores, shown, keep = work.finish_scores(product, i, j, masked=masked)
@@ -89,21 +89,24 @@ class XlaBlock:
             value = _product(weights.astype(v.dtype), work.column(v, j))
             return rescale[..., None] * numerator + value, new_maximum, denominator
 
-        def one_row(_, operand):
+        def one_row(kT, operand):
             i, limits = operand
             q_tile = work.row(q, i)
             zeros = jnp.zeros(q_tile.shape, jnp.float32)
             maxima = jnp.full(q_tile.shape[:-1], _LEAST_MAXIMUM, jnp.float32)
-            step = lambda j, carry, masked: attend(carry, q_tile, i, j, masked=masked)  # noqa: E731
+            step = lambda j, carry, masked: attend(carry, kT, q_tile, i, j, masked=masked)  # noqa: E731
             carry = _sweep(limits, step, work.vary(zeros, maxima, zeros[..., 0]), all_open=reach.all_open)
             numerator, maximum, denominator = carry
             seen = denominator > 0
             divisor = jnp.where(seen, denominator, 1.0)
             out = numerator / ((1.0 - scoring.dropout_rate) * divisor)[..., None]
-            return None, (out, jnp.where(seen, maximum + jnp.log(divisor), -jnp.inf))
+            return kT, (out, jnp.where(seen, maximum + jnp.log(divisor), -jnp.inf))
 
-        _, results = lax.scan(one_row, None, (jnp.arange(rows.count), work.traced(reach)))
-        out, lse = tie(results)
+        def every_row() -> tuple[Array, ...]:
+            kT = lax.optimization_barrier(jnp.swapaxes(k, -1, -2))
+            return lax.scan(one_row, kT, (jnp.arange(rows.count), work.traced(reach)))[1]
+
+        out, lse = tie(work.unless_hidden(every_row, reachable, fill=(0.0, -jnp.inf)))
         return work.unfold_rows(out), work.unfold_rows(lse)
 
     def backward(
@@ -120,7 +123,6 @@ class XlaBlock:
         work = _Work.of(self, queries, keys, relation, scoring, cotangents)
         rows, columns = work.rows, work.columns
         q, d_out = work.scaled_queries(), work.padded_rows(cotangents.d_out)
-        qT, d_outT = lax.optimization_barrier((jnp.swapaxes(q, -1, -2), jnp.swapaxes(d_out, -1, -2)))
         # Padded rows: log_sum_exp = +inf makes their weights zero.
         lse, delta = work.padded_rows(cotangents.log_sum_exp, fill=jnp.inf), work.padded_rows(cotangents.delta)
         k, v = work.padded_keys(keys.k), work.padded_keys(keys.v)
@@ -128,9 +130,10 @@ class XlaBlock:
         reach = bounds(reachable.swapaxes(-1, -2), is_open.swapaxes(-1, -2))
         keep_scale = 1.0 / (1.0 - scoring.dropout_rate)
 
-        def accumulate(carry, tiles, i, j, *, masked: bool):
+        def accumulate(carry, tiles, transposed, i, j, *, masked: bool):
             dqT_tiles, dk, dv = carry
             k_tile, kT_tile, v_tile = tiles
+            qT, d_outT = transposed
             rawT = _product(k_tile, work.row(qT, i, last=True))
             scoresT, shownT, keepT = work.finish_scores(rawT, i, j, masked=masked, transposed=True)
             weightsT = jnp.exp(scoresT - work.row(lse, i, last=True)[..., None, :])
@@ -150,19 +153,26 @@ class XlaBlock:
             dqT_i = lax.dynamic_index_in_dim(dqT_tiles, i, keepdims=False) + _product(kT_tile, d_scoresT)
             return lax.dynamic_update_index_in_dim(dqT_tiles, dqT_i, i, 0), dk, dv
 
-        def one_column(dqT_tiles, operand):
+        def one_column(carry, operand):
+            dqT_tiles, transposed = carry
             j, limits = operand
             k_tile = work.column(k, j)
             tiles = (k_tile, jnp.swapaxes(k_tile, -1, -2), work.column(v, j))
             zeros = jnp.zeros(k_tile.shape, jnp.float32)
-            step = lambda i, carry, masked: accumulate(carry, tiles, i, j, masked=masked)  # noqa: E731
+            step = lambda i, carry, masked: accumulate(carry, tiles, transposed, i, j, masked=masked)  # noqa: E731
             carry = (dqT_tiles, *work.vary(zeros, zeros))
             dqT_tiles, dk, dv = _sweep(limits, step, carry, all_open=reach.all_open)
-            return dqT_tiles, (dk, dv)
+            return (dqT_tiles, transposed), (dk, dv)
 
-        zeros = jnp.zeros((rows.count, k.shape[0], k.shape[-1], work.G * rows.size), jnp.float32)
-        dqT, (dk, dv) = lax.scan(one_column, work.vary(zeros)[0], (jnp.arange(columns.count), work.traced(reach)))
-        dqT, dk, dv = tie((dqT, dk, dv))
+        def every_column() -> tuple[Array, ...]:
+            transposed = lax.optimization_barrier((jnp.swapaxes(q, -1, -2), jnp.swapaxes(d_out, -1, -2)))
+            zeros = jnp.zeros((rows.count, k.shape[0], k.shape[-1], work.G * rows.size), jnp.float32)
+            carry = (work.vary(zeros)[0], transposed)
+            operands = (jnp.arange(columns.count), work.traced(reach))
+            (dqT, _), (dk, dv) = lax.scan(one_column, carry, operands)
+            return dqT, dk, dv
+
+        dqT, dk, dv = tie(work.unless_hidden(every_column, reachable, fill=(0.0, 0.0, 0.0)))
         dq = scoring.scale * work.unfold_rows(jnp.swapaxes(dqT, -1, -2))
         # Queries came scaled where that is exact enough; else what they left out is made up for here.
         dk = work.unfold_columns(dk if work.score_scale == 1.0 else work.score_scale * dk)
@@ -265,6 +275,17 @@ class _Work:
         if isinstance(is_open, Array):
             is_open = is_open.reshape(-1, *is_open.shape[-2:]).all(axis=0)
         return reachable, is_open
+
+    def unless_hidden(self, compute, reachable: Array | np.ndarray, *, fill: tuple[float, ...]) -> tuple[Array, ...]:
+        """`compute()`, or `fill` for its results where the running program finds that no tile is reachable."""
+        if isinstance(reachable, np.ndarray):
+            return compute()
+
+        def nothing() -> tuple[Array, ...]:
+            shapes = jax.eval_shape(compute)
+            return tuple(self.vary(jnp.full(x.shape, value, x.dtype))[0] for x, value in zip(shapes, fill, strict=True))
+
+        return lax.cond(self.vary(jnp.any(reachable))[0], compute, nothing)
 
     def finish_scores(self, product: Array, i, j, *, masked: bool, transposed: bool = False):
         """(logits, what is shown or None, what dropout keeps or None) of tile (i, j), from q·k."""
