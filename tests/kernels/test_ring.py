@@ -19,7 +19,7 @@ from ring_rl.kernels.local.xla import XlaBlock
 
 
 # Every example is a compilation of its own: few of them, and none spent on finding a smaller one.
-@settings(max_examples=6, phases=[Phase.generate])
+@settings(max_examples=5, phases=[Phase.generate])
 @given(data=st.data())
 def test_equals_dense_float64(data, cases):
     data.draw(cases("ring")).check()
@@ -44,11 +44,10 @@ def test_any_shape_on_a_virtual_ring(case, ring_size, chunk, block_size, prefers
     case(axes=(ring_size,), tokens=tokens, batch=1, head_dim=4, virtual=True, local=block, **rest).check()
 
 
-@pytest.mark.parametrize(("heads_at_once", "heads", "batch"), [(1, (2, 1), 2), (3, (4, 4), 1)])
-def test_some_heads_at_a_time_on_a_virtual_ring(case, heads_at_once, heads, batch):
+def test_some_heads_at_a_time_on_a_virtual_ring(case):
     """A ring for each, differentiated from outside the vmap, where no loop may hold a transfer."""
-    block = XlaBlock(block_size=8, heads_at_once=heads_at_once)
-    shape = {"axes": (2,), "layout": "zigzag", "heads": heads, "batch": batch, "tokens": 16}
+    block = XlaBlock(block_size=8, heads_at_once=3)  # of 4, so 2
+    shape = {"axes": (2,), "layout": "zigzag", "heads": (8, 4), "batch": 1, "tokens": 16}
     case(**shape, virtual=True, local=block, dropout_rate=0.2).check()
 
 

@@ -99,7 +99,7 @@ def ascending(generator, length, stride):
 
 
 # Of few shapes: each is so many small compilations.
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(
     T=st.sampled_from([5, 17]),
     S=st.sampled_from([5, 12]),
