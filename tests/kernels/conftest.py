@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from ring_rl.kernels import CAUSAL, FULL, Dropout, Mask, attention, reference_attention
 from ring_rl.kernels.document_balance import balanced_permutation
-from ring_rl.kernels.layout import permutation
+from ring_rl.kernels.layout import Layout, permutation
+from ring_rl.kernels.local.block import LocalBlock, LocalName
 from ring_rl.kernels.local.xla import XlaBlock
 
 FLOAT32_TOLERANCE = 1e-5
@@ -64,7 +65,7 @@ class Case:
     mask: Mask = CAUSAL
     axes: tuple[int, ...] = ()
     virtual: bool = False
-    layout: str = "contiguous"
+    layout: Layout | Literal["balanced"] = "contiguous"
     tokens: int = 48
     heads: tuple[int, int] = (4, 2)
     head_dim: int = 16
@@ -76,7 +77,7 @@ class Case:
     soft_cap: float | None = None
     alibi: bool = False
     dropout_rate: float = 0.0
-    local: str | XlaBlock = "auto"
+    local: LocalName | LocalBlock = "auto"
     block_size: int | None = None
     magnitude: float = 1.0
     seed: int = 0

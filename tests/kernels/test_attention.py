@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,9 +140,9 @@ def test_log_sum_exp_gradient_can_be_declined():
     assert np.abs(gradient(weight=1.0, log_sum_exp_gradient=True) - of_out_alone).max() > 0.1
 
 
-def on_a_ring(q, k, v, *, ring_size=2, axis_name="sp", **options):
+def on_a_ring(q, k, v, *, ring_size=2, axis_name: Any = "sp", mask: Any = CAUSAL, **options: Any):
     """Traces attention over a virtual ring; arguments are shards."""
-    attend = lambda q, k, v: attention(q, k, v, axis_name=axis_name, **({"mask": CAUSAL} | options))  # noqa: E731
+    attend = lambda q, k, v: attention(q, k, v, axis_name=axis_name, mask=mask, **options)  # noqa: E731
     return jax.eval_shape(jax.vmap(attend, axis_size=ring_size, axis_name="sp"), q, k, v)
 
 
@@ -219,8 +220,9 @@ def test_strategies_that_do_not_fit_the_axis(strategy, axis_name, rule):
 )
 def test_options_that_do_not_fit(options, rule):
     x = shards(4, 2)
+    arguments: dict[str, Any] = jax.tree.map(lambda y: jnp.asarray(y) if isinstance(y, np.ndarray) else y, options)
     with pytest.raises(ValueError, match=rule):
-        on_a_ring(x, x, x, **{name: jnp.asarray(y) if isinstance(y, np.ndarray) else y for name, y in options.items()})
+        on_a_ring(x, x, x, **arguments)
 
 
 class RefusingBlock:

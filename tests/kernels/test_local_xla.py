@@ -1,5 +1,6 @@
 """One local block alone, under the contract that every backend must keep."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -179,7 +180,7 @@ def test_keys_outside_the_window_or_the_past_are_never_computed(by_position):
 @pytest.mark.parametrize("field", ["block_size", "heads_at_once"])
 def test_sizes_must_be_positive(field):
     with pytest.raises(ValueError, match=f"{field} must be at least 1.*got 0"):
-        XlaBlock(**{"block_size": 8, field: 0})
+        dataclasses.replace(XlaBlock(block_size=8, heads_at_once=1), **{field: 0})
 
 
 def demand(*, devices) -> Demand:

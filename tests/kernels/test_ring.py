@@ -204,7 +204,9 @@ def test_scanned_layers_keep_no_masks():
         def loss(x, ids):
             return jnp.sum(jax.lax.scan(lambda x, _: (attend(x, ids), None), x, None, length=layers)[0])
 
-        return jax.jit(jax.grad(loss)).lower(x, ids).compile().memory_analysis().temp_size_in_bytes
+        memory = jax.jit(jax.grad(loss)).lower(x, ids).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
     # Per layer and token of a device: q = k = v once, out and log_sum_exp, all float32; generously twice that.
     per_layer = (temporary_bytes(4096, 12) - temporary_bytes(4096, 4)) / 8

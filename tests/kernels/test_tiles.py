@@ -59,8 +59,8 @@ def dense_by_tile(shown, rows: Tiling, columns: Tiling):
     tiles = padded.reshape(-1, rows.count, rows.size, columns.count, columns.size)
     # Queries that do not exist matter to nobody: only keys must be whole for a tile to be open.
     exists = np.pad(np.ones(shown.shape[1], bool), (0, rows.padding)).reshape(rows.count, rows.size)
-    everybody = (tiles | ~exists[None, :, :, None, None]).all(axis=(2, 4))
-    return tiles.any(axis=(2, 4)), everybody
+    seen = tiles | ~exists[None, :, :, None, None]
+    return np.asarray(np.any(tiles, axis=(2, 4))), np.asarray(np.all(seen, axis=(2, 4)))
 
 
 def assert_sound(found: Bounds, anybody, everybody):
