@@ -17,7 +17,7 @@ from jax_worker import prepare as prepare_in_jax
 def prepare(case: Case, inputs: Inputs) -> Prepared:
     """Compiles its ring, contiguous, with tiles of `block_size` and logits in float32, as its own models call it."""
     jax.lib.__dict__["xla_bridge"] = types.SimpleNamespace(get_backend=jax.extend.backend.get_backend)
-    from ringattention import ringattention
+    from ringattention import ringattention  # pyright: ignore[reportMissingImports]
 
     if case.window is not None or case.document_lengths is not None:
         raise ValueError("ringattention is measured under a causal mask only; choose mask: causal")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from benchmark_worker import Case, Inputs, Prepared, Results, available_cores, serve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
