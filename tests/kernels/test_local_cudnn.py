@@ -29,6 +29,7 @@ def _demand(**changes) -> Demand:
         "segments": False,
         "alibi": False,
         "scoring": Scoring(scale=0.125),
+        "log_sum_exp_gradient": True,
     }
     return Demand(**(fields | changes))
 
