@@ -179,6 +179,7 @@ def _demand(**changes) -> Demand:
         "segments": True,
         "alibi": True,
         "scoring": Scoring(scale=0.1, soft_cap=10.0),
+        "log_sum_exp_gradient": True,
     }
     return Demand(**(fields | changes))
 
