@@ -107,6 +107,7 @@ def attention(
     check_options(mask=mask, layout=layout, block_size=block_size, scale=scale, soft_cap=soft_cap)
     # Replicated where the others vary (keys of few heads under tensor parallelism), their gradients are summed there.
     q, k, v = vary_alike(q, k, v)
+    side = checked_side(q, positions=positions, segment_ids=segment_ids, alibi_slopes=alibi_slopes, dropout=dropout)
     settings = _Settings(
         mask=mask,
         layout=layout,
@@ -119,7 +120,6 @@ def attention(
         block_size=block_size,
         log_sum_exp_gradient=log_sum_exp_gradient,
     )
-    side = checked_side(q, positions=positions, segment_ids=segment_ids, alibi_slopes=alibi_slopes, dropout=dropout)
     axes = _axes(axis_name)
     strategy = _resolve(strategy, q, k, mask=mask, axes=axes, layout=layout, placed=positions is not None)
     result: tuple[Array, Array]
