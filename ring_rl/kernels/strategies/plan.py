@@ -31,9 +31,7 @@ class Side(NamedTuple):
         slopes, dropout = self.alibi_slopes, self.dropout
         return self._replace(
             alibi_slopes=None if slopes is None else lax.dynamic_slice_in_dim(slopes, first, heads),
-            dropout=None
-            if dropout is None
-            else Dropout(dropout.rate, dropout.key, dropout.first_row, dropout.first_head + first),
+            dropout=dropout and dataclasses.replace(dropout, first_head=dropout.first_head + first),
         )
 
     def of_row(self, row: Array | int) -> "Side":
@@ -43,9 +41,7 @@ class Side(NamedTuple):
         return self._replace(
             positions=one(self.positions),
             segment_ids=one(self.segment_ids),
-            dropout=None
-            if dropout is None
-            else Dropout(dropout.rate, dropout.key, dropout.first_row + row, dropout.first_head),
+            dropout=dropout and dataclasses.replace(dropout, first_row=dropout.first_row + row),
         )
 
 
