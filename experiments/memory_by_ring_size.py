@@ -55,7 +55,7 @@ class MemoryConfig:
 
 def compiled_memory(config: MemoryConfig, ring_size: int) -> dict[str, int]:
     """The report of the training step over `ring_size` devices, and the tokens it reads."""
-    mesh = make_mesh(MeshConfig(dp=1, sp=ring_size))
+    mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=ring_size))
     parallel = SequenceParallel(mesh=mesh, layout=config.layout)
     agent = config.agent
     model = sequence_model_config(

@@ -1,6 +1,7 @@
 """Where a model's activations live: which mesh axis shards the batch, which one the sequence."""
 
 import dataclasses
+import math
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -14,15 +15,15 @@ class SequenceParallel:
     """A mesh and the layout of the sequence on it.
 
     Attributes:
-        mesh: Holds `batch_axis` and `sequence_axis`, each of any size, 1 included.
+        mesh: Holds `sequence_axis`; those of `batch_axes` that it lacks count as size 1.
         layout: The order in which token axes arrive, already permuted.
-        batch_axis: The mesh axis that batches are sharded over.
+        batch_axes: The mesh axes that batches are sharded over.
         sequence_axis: The mesh axis that token axes are sharded over: the ring.
     """
 
     mesh: Mesh
     layout: Layout
-    batch_axis: str = "dp"
+    batch_axes: tuple[str, ...] = ("dp", "fsdp")
     sequence_axis: str = "sp"
 
     @property
@@ -33,14 +34,20 @@ class SequenceParallel:
     @property
     def token_spec(self) -> PartitionSpec:
         """The sharding of arrays [batch, tokens, ...]."""
-        return PartitionSpec(self.batch_axis, self.sequence_axis)
+        return PartitionSpec(tuple(self._batch_sizes), self.sequence_axis)
+
+    @property
+    def _batch_sizes(self) -> dict[str, int]:
+        """The size of each batch axis that the mesh has."""
+        return {axis: self.mesh.shape[axis] for axis in self.batch_axes if axis in self.mesh.shape}
 
     def check(self, batch: int, length: int) -> None:
         """Raises ValueError unless the mesh can share `batch` sequences of `length` tokens."""
-        data_parallel = self.mesh.shape[self.batch_axis]
+        data_parallel = math.prod(self._batch_sizes.values())
         if batch % data_parallel:
             raise ValueError(
-                f"batch of {batch} sequences is not divisible by {self.batch_axis}={data_parallel}; "
+                f"batch of {batch} sequences is not divisible by "
+                f"{' x '.join(f'{axis}={size}' for axis, size in self._batch_sizes.items())}; "
                 f"use a multiple of {data_parallel}"
             )
         check_length(length, ring_size=self.ring_size, layout=self.layout)

@@ -22,7 +22,7 @@ LAYOUTS = typing.get_args(TokenLayout)
 
 
 def parallel(dp=1, sp=1):
-    return SequenceParallel(mesh=make_mesh(MeshConfig(dp=dp, sp=sp)), layout="zigzag")
+    return SequenceParallel(mesh=make_mesh(MeshConfig(dp=dp, fsdp=1, tp=1, sp=sp)), layout="zigzag")
 
 
 def one_chain(chains, config):
@@ -109,7 +109,7 @@ def test_normalisation_must_make_sense():
 
 
 def losses(chains, dp, sp, config, steps=20):
-    mesh = make_mesh(MeshConfig(dp=dp, sp=sp))
+    mesh = make_mesh(MeshConfig(dp=dp, fsdp=1, tp=1, sp=sp))
     around = SequenceParallel(mesh=mesh, layout="zigzag")
     sampler = ChainSampler(
         chains.episode_set(12),

@@ -20,11 +20,11 @@ def losses(run_dir):
 def test_a_run_leaves_everything_behind_and_the_ring_really_ran(train, tmp_path, capsys):
     train(tmp_path / "run")
     printed = capsys.readouterr().out
-    assert "mesh dp=1 x sp=8 over 8 cpu devices, zigzag layout" in printed
+    assert "mesh dp=1 x fsdp=1 x tp=1 x sp=8 over 8 cpu devices, zigzag layout" in printed
     last = printed.strip().splitlines()[-1]
     assert "agent=agentic_transformer seed=0 steps=6 " in last
     compiled = json.loads((tmp_path / "run" / "compiled.json").read_text())
-    assert compiled["mesh"] == {"dp": 1, "sp": 8}
+    assert compiled["mesh"] == {"dp": 1, "fsdp": 1, "tp": 1, "sp": 8}
     assert compiled["collective_permutes"] > 0
     assert len(losses(tmp_path / "run")) == 6
     for name in ("config.yaml", "checkpoints/6", "plots/learning_curve.png"):
@@ -135,7 +135,7 @@ def test_a_misspelt_key_or_choice_is_refused_in_one_line(tmp_path, override, com
         ("loop.steps=many", "loop.steps"),
         ("task=cartpole_swingdown", "unknown task 'cartpole_swingdown'; did you mean 'cartpole_swingup'?"),
         ("task=jaco_reach_top_left", "not built yet"),
-        ("mesh.sp=16", "mesh dp=1 x sp=16 needs 16 devices, but there are 8"),
+        ("mesh.sp=16", "mesh dp=1 x fsdp=1 x tp=1 x sp=16 needs 16 devices, but there are 8"),
         ("batch.pad_to_ring=false", "sequence length 500 is not divisible into the 16 chunks of a zigzag ring"),
         ("data.algorithm=rnd", "no data set at"),
         ("agent.chain.trajectories=13", "the data set has 12"),

@@ -41,7 +41,7 @@ class Mlp(nnx.Module):
 
 
 def make_state(*, seed: int = 0, sp: int = 8, optimizer=OPTIMIZER, width: int = 8) -> TrainState:
-    mesh = make_mesh(MeshConfig(dp=1, sp=sp))
+    mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=sp))
     return create_state(lambda rngs: Mlp(rngs, width=width), optimizer, seed=seed, mesh=mesh)[1]
 
 
@@ -236,6 +236,100 @@ from ring_rl.training.state import TrainState
 with Checkpointer(pathlib.Path(sys.argv[1]), keep=2, model_config={}) as checkpointer:
     step = (checkpointer.latest_step() or 0) + 1
     while True:
+def test_the_first_format_can_be_evaluated_and_not_gone_on_from(tmp_path):
+    state = make_state(sp=1)
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state)
+
+    def age(mapping: dict) -> None:
+        mapping["format_version"] = 1
+        for name in ("input_state", "recent_losses", "best"):
+            del mapping[name]
+
+    rewrite_metadata(tmp_path / "0", age)
+    metadata, parameters = load_for_evaluation(tmp_path)
+    assert metadata.model_config == MODEL_CONFIG
+    np.testing.assert_array_equal(parameters["head"]["kernel"], state.parameters["head"]["kernel"].get_value())
+    with (
+        open_checkpointer(tmp_path) as checkpointer,
+        pytest.raises(ValueError, match="has format 1, this ring_rl goes on from 2"),
+    ):
+        checkpointer.restore_latest(state)
+
+
+def test_the_input_state_comes_back(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(make_state(sp=1), input_state={"next_step": 3, "epochs": (1, 2)}, recent_losses=[0.1, 0.7])
+        metadata = checkpointer.restore_latest(make_state(sp=1))[1]
+        assert metadata.input_state == {"next_step": 3, "epochs": [1, 2]}
+        assert metadata.recent_losses == [0.1, 0.7]
+        with pytest.raises(ValueError, match="input_state must be plain JSON"):
+            checkpointer.save(at_step(make_state(sp=1), 1), input_state={"key": jnp.ones(2)})
+
+
+def test_arrays_are_laid_out_as_asked_for_whatever_wrote_them(tmp_path):
+    """One array cut in 8, another whole on each device; they come back cut in 2 another way, and the reverse."""
+    values = {"cut": jnp.arange(64.0).reshape(8, 8), "whole": jnp.arange(8.0)}
+
+    def placed(mesh_size: int, specs: dict[str, PartitionSpec]) -> TrainState:
+        mesh = make_mesh(MeshConfig(dp=1, fsdp=mesh_size, tp=1, sp=1))
+        arrays = {name: jax.device_put(x, NamedSharding(mesh, specs[name])) for name, x in values.items()}
+        return TrainState(jax.device_put(jnp.int32(1), NamedSharding(mesh, PartitionSpec())), arrays, {})
+
+    saved = placed(8, {"cut": PartitionSpec("fsdp"), "whole": PartitionSpec()})
+    like = placed(2, {"cut": PartitionSpec(None, "fsdp"), "whole": PartitionSpec("fsdp")})
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(saved)
+        restored, _ = checkpointer.restore_latest(jax.tree.map(jnp.zeros_like, like))
+    assert_same(restored, saved)
+    for name in values:
+        assert restored.parameters[name].sharding == like.parameters[name].sharding
+    assert [shard.data.shape for shard in restored.parameters["cut"].addressable_shards] == [(8, 4)] * 2
+
+
+@given(
+    losses=st.lists(st.sampled_from([1.0, 2.0, 3.0, float("nan"), None]), min_size=1, max_size=6),
+    mode=st.sampled_from(["min", "max"]),
+    keep=st.integers(1, 2),
+    keep_best=st.integers(1, 2),
+)
+@settings(max_examples=8)
+def test_the_newest_and_the_best_stay(tmp_path_factory, losses, mode, keep, keep_best):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    best = BestCheckpoints(metric="loss", mode=mode, keep=keep_best)
+    state = jax.device_put(TrainState(jnp.int32(0), {"x": jnp.zeros(2)}, {}), jax.devices()[0])
+    sign = -1 if mode == "min" else 1
+    ranked = []
+    for step, loss in enumerate(losses, start=1):
+        # Opened again for every save, as by a run that is interrupted again and again.
+        with Checkpointer(folder, keep=keep, model_config={}, best=best) as checkpointer:
+            checkpointer.save(at_step(state, step), metrics={} if loss is None else {"loss": loss, "other": 0.0})
+            checkpointer.wait()
+            if loss is not None and np.isfinite(loss):
+                ranked = sorted([*ranked, (sign * loss, step)])
+            expected = {step for _, step in ranked[-keep_best:]} | set(range(max(step - keep, 0) + 1, step + 1))
+            present = {int(path.name) for path in folder.iterdir()}
+            # Where too few have the metric, others may stay in their place.
+            assert expected <= present
+            assert len(present) <= keep + keep_best
+            if len(ranked) >= keep_best:
+                assert present == expected
+            assert checkpointer.best_step() == (ranked[-1][1] if ranked else None)
+    if ranked:
+        assert load_for_evaluation(folder, step="best")[0].step == ranked[-1][1]
+    else:
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint in .* has a value of loss; choose a step"):
+            load_for_evaluation(folder, step="best")
+
+
+def test_the_best_of_a_run_that_kept_none_is_refused(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(make_state(sp=1), metrics={"loss": 1.0})
+        assert checkpointer.best_step() is None
+    with pytest.raises(ValueError, match="kept no best checkpoint; train with best_metric, or choose a step"):
+        load_for_evaluation(tmp_path, step="best")
+
+
         arrays = {str(index): jnp.full((64, 64), float(step)) for index in range(40)}
         checkpointer.save(TrainState(jnp.int32(step), arrays, {}))
         print(step, flush=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -19,48 +20,110 @@ from ring_rl.training.mesh import (
 )
 
 
+def mesh_config(dp=1, fsdp=1, tp=1, sp=1) -> MeshConfig:
+    return MeshConfig(dp=dp, fsdp=fsdp, tp=tp, sp=sp)
+
+
 @pytest.mark.parametrize(
-    ("dp", "sp", "shape"), [(1, 8, (1, 8)), (2, 4, (2, 4)), (-1, 2, (4, 2)), (2, -1, (2, 4)), (1, 2, (1, 2))]
+    ("sizes", "shape"),
+    [
+        ((1, 1, 1, 8), (1, 1, 1, 8)),
+        ((1, 2, 2, 2), (1, 2, 2, 2)),
+        ((-1, 1, 1, 2), (4, 1, 1, 2)),
+        ((2, -1, 2, 1), (2, 2, 2, 1)),
+        ((1, 1, -1, 1), (1, 1, 8, 1)),
+        ((2, 2, 1, -1), (2, 2, 1, 2)),
+        ((1, 1, 1, 2), (1, 1, 1, 2)),
+    ],
 )
-def test_axes_and_sizes(dp, sp, shape):
-    mesh = make_mesh(MeshConfig(dp=dp, sp=sp))
-    assert mesh.axis_names == ("dp", "sp")
+def test_axes_and_sizes(sizes, shape):
+    mesh = make_mesh(mesh_config(*sizes))
+    assert mesh.axis_names == ("dp", "fsdp", "tp", "sp")
     assert mesh.devices.shape == shape
     assert list(mesh.devices.flat) == jax.devices()[: mesh.size]
 
 
 def test_devices_can_be_named():
     devices = jax.devices()[4:6]
-    assert list(make_mesh(MeshConfig(dp=1, sp=-1), devices=devices).devices.flat) == devices
+    assert list(make_mesh(mesh_config(sp=-1), devices=devices).devices.flat) == devices
 
 
 @pytest.mark.parametrize(
-    ("dp", "sp", "message"),
+    ("sizes", "message"),
     [
-        (2, 8, "mesh dp=2 x sp=8 needs 16 devices, but there are 8 (cpu); lower dp or sp"),
-        (2, 8, "XLA_FLAGS=--xla_force_host_platform_device_count=16"),
-        (-1, 16, "mesh dp=1 x sp=16 needs 16 devices, but there are 8"),
-        (3, -1, "8 devices cannot be divided into groups of 3; choose a divisor of 8 for the mesh axis dp"),
+        ((2, 1, 1, 8), "mesh dp=2 x fsdp=1 x tp=1 x sp=8 needs 16 devices, but there are 8 (cpu); lower dp, fsdp"),
+        ((2, 1, 1, 8), "XLA_FLAGS=--xla_force_host_platform_device_count=16"),
+        ((-1, 1, 1, 16), "mesh dp=1 x fsdp=1 x tp=1 x sp=16 needs 16 devices, but there are 8"),
+        ((3, 1, 1, -1), "into groups of 3; choose a divisor of 8 for the product of the mesh axes dp"),
+        ((3, 2, -1, 1), "into groups of 6; choose a divisor of 8 for the product of the mesh axes dp, fsdp"),
     ],
 )
-def test_too_many_or_indivisible_devices(dp, sp, message):
+def test_too_many_or_indivisible_devices(sizes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        make_mesh(MeshConfig(dp=dp, sp=sp))
+        make_mesh(mesh_config(*sizes))
 
 
-@pytest.mark.parametrize(("dp", "sp"), [(0, 1), (1, -2), (-1, -1)])
-def test_impossible_configs(dp, sp):
+@pytest.mark.parametrize("sizes", [(0, 1, 1, 1), (1, -2, 1, 1), (1, 1, 0, 1), (-1, 1, 1, -1), (1, -1, -1, 1)])
+def test_impossible_configs(sizes):
     with pytest.raises(ValueError, match="mesh ax"):
-        MeshConfig(dp=dp, sp=sp)
+        mesh_config(*sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU device as the order of a mesh depends on."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+
+def chips(slices: int) -> list[Chip]:
+    """`slices` slices of 4 x 2 chips."""
+    return [
+        Chip(8 * s + 4 * y + x, coords=(x, y, 0), slice_index=s, process_index=2 * s + y)
+        for s in range(slices)
+        for y in range(2)
+        for x in range(4)
+    ]
+
+
+def test_a_ring_of_tpus_follows_their_links():
+    ring = list(make_mesh(mesh_config(sp=-1), devices=chips(1)).devices.flat)
+    links = [sum(abs(a - b) for a, b in zip(ring[i].coords, ring[(i + 1) % 8].coords, strict=True)) for i in range(8)]
+    assert links == [1] * 8
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2, 4), (4, 1, 1, 4), (1, 2, 1, 8), (2, 2, 1, 4)])
+def test_only_the_batch_axes_span_slices(sizes):
+    grid = make_mesh(mesh_config(*sizes), devices=chips(2)).devices
+    slices = np.vectorize(lambda chip: chip.slice_index)(grid)
+    assert {chip.id for chip in grid.flat} == set(range(16))
+    np.testing.assert_array_equal(slices, slices[:, :, :1, :1] + np.zeros(sizes, int))
+
+
+def test_a_slice_boundary_inside_a_ring_is_refused():
+    with pytest.raises(ValueError, match=r"2 TPU slices cannot be split over dp=1 x fsdp=1; make dp a multiple of 2"):
+        make_mesh(mesh_config(sp=16), devices=chips(2))
+
+
+def test_no_process_may_be_left_without_a_device():
+    devices = [dataclasses.replace(chip, platform="gpu") for chip in chips(1)]
+    with pytest.raises(ValueError, match=r"needs 4 of 8 devices and leaves process 1 without any; set one axis to -1"):
+        make_mesh(mesh_config(sp=4), devices=devices)
 
 
 def test_description_is_one_line():
-    assert describe_mesh(make_mesh(MeshConfig(dp=1, sp=8))) == "mesh dp=1 x sp=8 over 8 cpu devices"
-    assert describe_mesh(make_mesh(MeshConfig(dp=1, sp=1))) == "mesh dp=1 x sp=1 over 1 cpu device"
+    assert describe_mesh(make_mesh(mesh_config(sp=8))) == "mesh dp=1 x fsdp=1 x tp=1 x sp=8 over 8 cpu devices"
+    assert describe_mesh(make_mesh(mesh_config())) == "mesh dp=1 x fsdp=1 x tp=1 x sp=1 over 1 cpu device"
 
 
 def test_each_leaf_is_sharded_by_its_rank():
-    mesh = make_mesh(MeshConfig(dp=2, sp=4))
+    mesh = make_mesh(mesh_config(dp=2, sp=4))
     batch = {
         "observations": np.zeros((4, 8, 3), np.float32),
         "tokens": np.zeros((4, 8), np.int32),
@@ -69,34 +132,34 @@ def test_each_leaf_is_sharded_by_its_rank():
     }
     specs = jax.tree.map(lambda sharding: sharding.spec, batch_sharding(mesh, batch))
     assert specs == {
-        "observations": PartitionSpec("dp", "sp"),
-        "tokens": PartitionSpec("dp", "sp"),
-        "target_return": PartitionSpec("dp"),
+        "observations": PartitionSpec(("dp", "fsdp"), "sp"),
+        "tokens": PartitionSpec(("dp", "fsdp"), "sp"),
+        "target_return": PartitionSpec(("dp", "fsdp")),
         "scale": PartitionSpec(),
     }
 
 
 def test_each_device_receives_its_shard_only():
-    mesh = make_mesh(MeshConfig(dp=2, sp=4))
+    mesh = make_mesh(mesh_config(dp=2, fsdp=2, sp=2))
     tokens = np.arange(4 * 8).reshape(4, 8)
     placed = shard_batch(mesh, {"tokens": tokens})["tokens"]
     np.testing.assert_array_equal(placed, tokens)
-    assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 2)}
+    assert {shard.data.shape for shard in placed.addressable_shards} == {(1, 4)}
 
 
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3, 8), "batch size 3 of batch['tokens'] is not divisible by the mesh axis dp=2; pad it to 4"),
+        ((3, 8), "batch size 3 of batch['tokens'] is not divisible by the mesh axis dp=2 x fsdp=2; pad it to 4"),
         (
-            (4, 10),
-            "sequence length 10 of batch['tokens'] is not divisible by the mesh axis sp=4; pad it to 12",
+            (4, 9),
+            "sequence length 9 of batch['tokens'] is not divisible by the mesh axis sp=2; pad it to 10",
         ),
     ],
 )
 def test_indivisible_batches_name_the_leaf_and_the_padding(shape, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        shard_batch(make_mesh(MeshConfig(dp=2, sp=4)), {"tokens": np.zeros(shape)})
+        shard_batch(make_mesh(mesh_config(dp=2, fsdp=2, sp=2)), {"tokens": np.zeros(shape)})
 
 
 def run_python(source: str, *, flags: str) -> subprocess.CompletedProcess:

@@ -25,7 +25,7 @@ class Stateful(nnx.Module):
 
 
 def test_state_is_replicated_on_the_whole_mesh():
-    mesh = make_mesh(MeshConfig(dp=2, sp=4))
+    mesh = make_mesh(MeshConfig(dp=2, fsdp=1, tp=1, sp=4))
     graphdef, state = create_state(Mlp, optax.adam(1e-3), seed=0, mesh=mesh)
     for leaf in jax.tree.leaves(state):
         assert leaf.sharding.is_fully_replicated
@@ -37,7 +37,7 @@ def test_state_is_replicated_on_the_whole_mesh():
 
 def test_initial_parameters_depend_on_the_seed_alone():
     def kernel(seed: int, sp: int) -> np.ndarray:
-        mesh = make_mesh(MeshConfig(dp=1, sp=sp))
+        mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=sp))
         _, state = create_state(Mlp, optax.sgd(1.0), seed=seed, mesh=mesh)
         return np.asarray(state.parameters["hidden"]["kernel"].get_value())
 
@@ -46,6 +46,6 @@ def test_initial_parameters_depend_on_the_seed_alone():
 
 
 def test_a_model_with_hidden_state_is_refused_by_name():
-    mesh = make_mesh(MeshConfig(dp=1, sp=1))
+    mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=1))
     with pytest.raises(ValueError, match=r"no parameter \(dropout\.rngs\..*norm\.mean"):
         create_state(Stateful, optax.sgd(1.0), seed=0, mesh=mesh)

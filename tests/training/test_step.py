@@ -40,7 +40,7 @@ def make_batch(step: int, *, weight: float = 1.0) -> dict:
 
 
 def run(dp: int, sp: int, *, steps: int, seed: int = 0):
-    mesh = make_mesh(MeshConfig(dp=dp, sp=sp))
+    mesh = make_mesh(MeshConfig(dp=dp, fsdp=1, tp=1, sp=sp))
     optimizer = optax.adam(1e-2)
     graphdef, state = create_state(Mlp, optimizer, seed=seed, mesh=mesh)
     step = make_train_step(
@@ -72,7 +72,7 @@ def test_the_mesh_changes_nothing_but_rounding():
 
 
 def test_loss_is_the_global_weighted_mean():
-    mesh = make_mesh(MeshConfig(dp=2, sp=4))
+    mesh = make_mesh(MeshConfig(dp=2, fsdp=1, tp=1, sp=4))
     optimizer = optax.sgd(0.0)
     graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
     model = nnx.merge(graphdef, jax.device_get(state.parameters))
@@ -85,7 +85,7 @@ def test_loss_is_the_global_weighted_mean():
 
 
 def test_gradient_norm_is_that_of_the_mean_loss():
-    mesh = make_mesh(MeshConfig(dp=1, sp=2))
+    mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=2))
     optimizer = optax.sgd(1e-3)
     graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
     batch = make_batch(0)
@@ -101,7 +101,7 @@ def test_gradient_norm_is_that_of_the_mean_loss():
 
 
 def test_an_empty_batch_has_loss_zero_and_moves_nothing():
-    mesh = make_mesh(MeshConfig(dp=1, sp=2))
+    mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=2))
     optimizer = optax.sgd(1.0)
     graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
     before = jax.device_get(state.parameters)
@@ -121,7 +121,7 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 
 def test_the_state_is_donated():
-    mesh = make_mesh(MeshConfig(dp=1, sp=2))
+    mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=2))
     optimizer = optax.adam(1e-2)
     graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
     make_train_step(squared_error, graphdef, optimizer, mesh, seed=0)(state, make_batch(0))
@@ -133,7 +133,7 @@ def test_a_metric_may_not_take_a_name_of_the_step():
         loss = squared_error(model, batch, key)
         return Loss(loss.total, loss.weight, {"loss": (loss.total, loss.weight)})
 
-    mesh = make_mesh(MeshConfig(dp=1, sp=1))
+    mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=1))
     optimizer = optax.sgd(1.0)
     graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
     with pytest.raises(ValueError, match="the step reports loss itself"):
@@ -144,8 +144,8 @@ def ring_loss(hops: int):
     """A loss that sends its inputs `hops` times round the ring, unrolled."""
 
     def loss_function(model: Mlp, batch: dict, key: jax.Array) -> Loss:
-        mesh = make_mesh(MeshConfig(dp=1, sp=4))
-        spec = jax.sharding.PartitionSpec("dp", "sp")
+        mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=4))
+        spec = jax.sharding.PartitionSpec(("dp", "fsdp"), "sp")
 
         @jax.shard_map(mesh=mesh, in_specs=spec, out_specs=spec)
         def rotate(values):
@@ -160,7 +160,7 @@ def ring_loss(hops: int):
 
 @pytest.mark.parametrize("hops", [0, 1, 3])
 def test_report_counts_the_hops_of_a_ring(hops):
-    mesh = make_mesh(MeshConfig(dp=1, sp=4))
+    mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=4))
     optimizer = optax.sgd(1e-3)
     graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
     step = make_train_step(ring_loss(hops), graphdef, optimizer, mesh, seed=0)

@@ -49,7 +49,7 @@ def noisy_squared_error(model: Mlp, batch: dict, key: jax.Array) -> Loss:
 
 def run(folder: pathlib.Path, *, steps: int = 30, seconds: float = 0.0) -> tuple[TrainState, int]:
     """The final state, and the step that training began at."""
-    mesh = make_mesh(MeshConfig(dp=2, sp=4))
+    mesh = make_mesh(MeshConfig(dp=2, fsdp=1, tp=1, sp=4))
     optimizer = make_optimizer(OPTIMIZER, total_steps=steps)
     graphdef, state = create_state(Mlp, optimizer, seed=0, mesh=mesh)
 
