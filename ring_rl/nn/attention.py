@@ -1,5 +1,7 @@
 """Multi-head attention over a sharded sequence, and against a cache."""
 
+from functools import partial
+
 import jax
 from flax import nnx
 
@@ -7,6 +9,7 @@ from ring_rl.kernels.attention import attention
 from ring_rl.kernels.decode import decode_attention
 from ring_rl.kernels.mask import CAUSAL
 from ring_rl.nn.kv_cache import LayerCache
+from ring_rl.nn.logical_axes import named
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.rotary import rotate
 from ring_rl.typing import Array, Float, Int
@@ -32,10 +35,12 @@ class Attention(nnx.Module):
     ):
         self.query_heads, self.key_value_heads, self.head_dim = query_heads, key_value_heads, head_dim
         self.rotary_base, self.block_size = rotary_base, block_size
-        self.query = nnx.Linear(width, query_heads * head_dim, use_bias=False, rngs=rngs)
-        self.key = nnx.Linear(width, key_value_heads * head_dim, use_bias=False, rngs=rngs)
-        self.value = nnx.Linear(width, key_value_heads * head_dim, use_bias=False, rngs=rngs)
-        self.out = nnx.Linear(query_heads * head_dim, width, use_bias=False, rngs=rngs)
+        inwards, outwards = named("width", "heads"), named("heads", "width")
+        projection = partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.query = projection(width, query_heads * head_dim, kernel_metadata=inwards)
+        self.key = projection(width, key_value_heads * head_dim, kernel_metadata=inwards)
+        self.value = projection(width, key_value_heads * head_dim, kernel_metadata=inwards)
+        self.out = projection(query_heads * head_dim, width, kernel_metadata=outwards)
 
     def __call__(
         self, x: Float[Array, "B T M"], positions: Int[Array, "B T"], parallel: SequenceParallel

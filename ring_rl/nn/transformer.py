@@ -11,6 +11,7 @@ from ring_rl.kernels.feedforward import blockwise_feedforward
 from ring_rl.kernels.strategies.sharded import SAVED_NAMES
 from ring_rl.nn.attention import Attention
 from ring_rl.nn.kv_cache import KVCache, LayerCache, empty_cache
+from ring_rl.nn.logical_axes import named
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.typing import Array, Float, Int
 
@@ -65,7 +66,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.feed_forward_chunks = config.feed_forward_chunks
-        self.attention_norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.attention_norm = nnx.RMSNorm(config.width, scale_metadata=named("width"), rngs=rngs)
         self.attention = Attention(
             width=config.width,
             query_heads=config.query_heads,
@@ -75,9 +76,21 @@ class Block(nnx.Module):
             block_size=config.attention_block_size,
             rngs=rngs,
         )
-        self.feed_forward_norm = nnx.RMSNorm(config.width, rngs=rngs)
-        self.feed_forward_in = nnx.Linear(config.width, config.feed_forward_width, rngs=rngs)
-        self.feed_forward_out = nnx.Linear(config.feed_forward_width, config.width, rngs=rngs)
+        self.feed_forward_norm = nnx.RMSNorm(config.width, scale_metadata=named("width"), rngs=rngs)
+        self.feed_forward_in = nnx.Linear(
+            config.width,
+            config.feed_forward_width,
+            kernel_metadata=named("width", "hidden"),
+            bias_metadata=named("hidden"),
+            rngs=rngs,
+        )
+        self.feed_forward_out = nnx.Linear(
+            config.feed_forward_width,
+            config.width,
+            kernel_metadata=named("hidden", "width"),
+            bias_metadata=named("width"),
+            rngs=rngs,
+        )
 
     def __call__(self, x: Array, positions: Array, parallel: SequenceParallel) -> Array:
         """The block over a whole, possibly sharded, sequence."""
@@ -101,12 +114,12 @@ class Transformer(nnx.Module):
         self.config = config
 
         @nnx.split_rngs(splits=config.layers)
-        @nnx.vmap(in_axes=(0,), out_axes=0)
+        @nnx.vmap(in_axes=(0,), out_axes=0, transform_metadata={nnx.PARTITION_NAME: None})
         def make_blocks(rngs: nnx.Rngs) -> Block:
             return Block(config, rngs=rngs)
 
         self.blocks = make_blocks(rngs)
-        self.final_norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.final_norm = nnx.RMSNorm(config.width, scale_metadata=named("width"), rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "B T M"], positions: Int[Array, "B T"], parallel: SequenceParallel
