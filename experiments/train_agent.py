@@ -1,36 +1,30 @@
 """Trains one agent on episodes in ExoRL's layout; conf/train_agent.yaml documents every key."""
 
 import dataclasses
-import json
-import time
 from pathlib import Path
 
 import hydra
-import jax
 import numpy as np
 from omegaconf import DictConfig
 
 from ring_rl.agent.agents import AgentConfig, SequenceAgentConfig, model_config, training_episodes
-from ring_rl.agent.chain_batch import BatchLayout, ChainBatch, ChainSampler
+from ring_rl.agent.chain_batch import BatchLayout, ChainSampler
 from ring_rl.agent.data import DataConfig, load_episodes
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import make_model
 from ring_rl.agent.tokens import tokens_per_step
-from ring_rl.atomic_file import write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.kernels.feedforward import check_chunks
 from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.training.checkpoint import Checkpointer
-from ring_rl.training.loop import LoopConfig, train
-from ring_rl.training.mesh import MeshConfig, describe_mesh, make_mesh, request_virtual_devices, shard_batch
-from ring_rl.training.metrics import ConsoleWriter, JsonlWriter, WandbConfig, WandbWriter
-from ring_rl.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
-from ring_rl.training.plots import plot_learning_curve
-from ring_rl.training.run_directory import open_run_directory
-from ring_rl.training.state import create_state
-from ring_rl.training.step import compile_step, compiled_report, make_train_step
+from ring_rl.training.distributed import DistributedConfig, is_main_process, joined
+from ring_rl.training.input import InputConfig
+from ring_rl.training.loop import LoopConfig
+from ring_rl.training.mesh import MeshConfig, describe_mesh, make_mesh, request_virtual_devices
+from ring_rl.training.metrics import WandbConfig
+from ring_rl.training.optimizer import OptimizerConfig
+from ring_rl.training.run import MAY_DIFFER, RunConfig, TrainingTask, run_training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,14 +47,12 @@ class TrainAgentConfig:
     data: DataConfig
     agent: AgentConfig
     batch: BatchConfig
+    input: InputConfig
     mesh: MeshConfig
+    distributed: DistributedConfig
     optimizer: OptimizerConfig
     loop: LoopConfig
     wandb: WandbConfig
-
-
-# What says nothing about the result may change when a run goes on.
-MAY_DIFFER = ("run_dir", "data.root", "virtual_devices", "wandb", "loop.log_every", "loop.keep_checkpoints")
 
 
 def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
@@ -70,7 +62,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
     request_virtual_devices(config.virtual_devices)
     mesh = make_mesh(config.mesh)
     parallel = SequenceParallel(mesh=mesh, layout=config.batch.layout)
-    episodes = load_episodes(config.data, task=config.task, progress=True)
+    episodes = load_episodes(config.data, task=config.task, progress=is_main_process())
     model = model_config(config.agent, episodes)
     sampler = ChainSampler(
         training_episodes(config.agent, episodes),
@@ -83,74 +75,45 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         tokens = sampler.steps * tokens_per_step(config.agent.token_layout)
         check_chunks(tokens, chunks=config.agent.transformer.feed_forward_chunks)
 
-    def batch_at(step: int) -> ChainBatch:
-        return shard_batch(mesh, sampler.batch_at(step))
-
-    optimizer = make_optimizer(config.optimizer, total_steps=config.loop.steps)
-    extra = {
-        "label": config.agent.name,
-        "task": config.task,
-        "seed": config.seed,
-        "action_repeat": config.data.action_repeat,
-        "data_returns": np.round(episodes.returns, 6).tolist(),
-    }
-    with (
-        open_run_directory(config.run_dir, resolved, may_differ=MAY_DIFFER) as run,
-        Checkpointer(
-            run.checkpoints, keep=config.loop.keep_checkpoints, model_config=to_mapping(model), extra=extra
-        ) as checkpointer,
-    ):
-        print(f"{config.agent.name} on {config.task}: {describe_mesh(mesh)}, {config.batch.layout} layout", flush=True)
-        graphdef, state = create_state(lambda rngs: make_model(model, rngs), optimizer, seed=config.seed, mesh=mesh)
-        if checkpointer.latest_step() is not None:
-            state, _ = checkpointer.restore_latest(state)
-            print(f"continues from step {int(state.step)} of {run.path}")
-        start, seconds = int(state.step), time.perf_counter()
-        if start == config.loop.steps:
-            plot_learning_curve(run.metrics, run.plots / "learning_curve.png")
-            print(f"{run.path} is complete; raise loop.steps in a new run_dir to train for longer")
-            return
-
-        compiled = compile_step(
-            make_train_step(
-                make_action_loss(parallel),
-                graphdef,
-                optimizer,
-                mesh,
-                seed=config.seed,
-                learning_rate=lambda step: learning_rate_at(config.optimizer, step, config.loop.steps),
-            ),
-            state,
-            batch_at(start),
-        )
-        report = compiled_report(compiled)
-        write_whole(run.path / "compiled.json", json.dumps({"mesh": dict(mesh.shape), **report}, indent=2) + "\n")
-        writers = [
-            ConsoleWriter(),
-            JsonlWriter(run.metrics, resume_step=start),
-            WandbWriter(config.wandb, folder=run.path, run_config=resolved),
-        ]
-        try:
-            state = train(
-                state=state,
-                step_function=compiled,
-                batch_at=batch_at,
-                config=config.loop,
-                checkpointer=checkpointer,
-                writers=writers,
-            )
-        finally:
-            for writer in writers:
-                writer.close()
-        plot_learning_curve(run.metrics, run.plots / "learning_curve.png")
-        seconds = time.perf_counter() - seconds
-        parameters = sum(x.size for x in jax.tree.leaves(state.parameters))
+    task = TrainingTask(
+        make_model=lambda rngs: make_model(model, rngs),
+        model_config=to_mapping(model),
+        loss_function=make_action_loss(parallel),
+        rows=sampler,
+        batch_size=config.batch.batch_size,
+        layout=config.batch.layout,
+        ring_size=parallel.ring_size,
+        extra={
+            "label": config.agent.name,
+            "task": config.task,
+            "seed": config.seed,
+            "action_repeat": config.data.action_repeat,
+            "data_returns": np.round(episodes.returns, 6).tolist(),
+        },
+    )
+    finished = run_training(
+        task,
+        RunConfig(
+            run_dir=config.run_dir,
+            seed=config.seed,
+            optimizer=config.optimizer,
+            loop=config.loop,
+            input=config.input,
+            wandb=config.wandb,
+        ),
+        mesh=mesh,
+        resolved=resolved,
+        may_differ=(*MAY_DIFFER, "data.root"),
+        headline=f"{config.agent.name} on {config.task}: {describe_mesh(mesh)}, {config.batch.layout} layout",
+    )
+    if finished is not None and is_main_process():
+        compiled = finished.compiled
         print(
-            f"agent={config.agent.name} seed={config.seed} steps={config.loop.steps} parameters={parameters} "
+            f"agent={config.agent.name} seed={config.seed} steps={config.loop.steps} parameters={finished.parameters} "
             f"tokens_per_step={config.batch.batch_size * sampler.steps} ring_size={parallel.ring_size} "
-            f"collective_permutes={report['collective_permutes']} "
-            f"compiled_bytes_per_device={report['argument_bytes'] + report['temporary_bytes']} "
-            f"seconds={seconds:.1f}"
+            f"collective_permutes={compiled['collective_permutes']} "
+            f"compiled_bytes_per_device={compiled['argument_bytes'] + compiled['temporary_bytes']} "
+            f"seconds={finished.seconds:.1f}"
         )
 
 
@@ -160,7 +123,9 @@ def main(cfg: DictConfig) -> None:
     with exit_on_bad_input():
         resolved = resolve(cfg)
         resolved.pop("experiment", None)
-        train_agent(from_mapping(TrainAgentConfig, resolved), resolved)
+        config = from_mapping(TrainAgentConfig, resolved)
+        with joined(config.distributed):
+            train_agent(config, resolved)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,9 @@
 """Checkpoints: written in the background, committed atomically, restored on any mesh.
 
-Layout of one checkpoint, `<folder>/<step>/`:
-
-    parameters   the model's arrays, nested dicts by parameter name
-    training     the step and the optimizer's arrays, nested dicts by position
-    metadata     JSON: format_version, ring_rl_version, step, model_config, extra
-
 A checkpoint is written under a temporary name and renamed when it is whole, so a killed process leaves either
-all of it or nothing that counts.
+all of it or nothing that counts. Where several processes train together they all save and restore, each its own
+shards, to one folder that they share; the JSON is written by the first of them. The layout on disk is that of
+`ring_rl.training.checkpoint_format`.
 """
 
 from __future__ import annotations
@@ -16,49 +12,40 @@ import contextlib
 import dataclasses
 import errno
 import json
+import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 import ring_rl
 from ring_rl.config import describe_differences
+from ring_rl.training.checkpoint_format import (
+    FORMAT_VERSION,
+    BestCheckpoints,
+    CheckpointMetadata,
+    best_step,
+    load_for_evaluation,
+    opened_reader,
+    read_metadata,
+    saved_tree,
+    whole_steps,
+)
 from ring_rl.training.disk_full import EchoSilencer, means_no_space
 from ring_rl.training.named_arrays import (
     abstract_arrays,
     described_arrays,
     named_arrays,
     with_arrays,
-    with_integer_keys,
 )
 from ring_rl.training.state import TrainState
 from ring_rl.typing import PyTree
 
-__all__ = ["CheckpointMetadata", "Checkpointer", "load_for_evaluation"]
-
-FORMAT_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointMetadata:
-    """What stands beside the arrays.
-
-    Attributes:
-        format_version: of this module's layout.
-        ring_rl_version: of the library that wrote the checkpoint.
-        step: optimizer steps taken.
-        model_config: the plain mapping that the model was built from.
-        extra: what the task wants to find again (normalisation constants, token layout); plain JSON.
-    """
-
-    format_version: int
-    ring_rl_version: str
-    step: int
-    model_config: dict[str, Any]
-    extra: dict[str, Any]
+__all__ = ["BestCheckpoints", "CheckpointMetadata", "Checkpointer", "load_for_evaluation"]
 
 
 class Checkpointer:
@@ -69,7 +56,8 @@ class Checkpointer:
 
     Args:
         folder: holds one folder a checkpoint; created when missing.
-        keep: how many checkpoints stay; an older one is deleted only after a newer one is whole.
+        keep: how many of the newest stay; an older one is deleted only after a newer one is whole.
+        best: keep the best ones as well.
         model_config: the plain mapping that the model is built from; restoring under another one is refused.
         extra: plain JSON that every checkpoint carries.
     """
@@ -81,6 +69,7 @@ class Checkpointer:
         keep: int,
         model_config: Mapping[str, Any],
         extra: Mapping[str, Any] | None = None,
+        best: BestCheckpoints | None = None,
     ):
         if keep < 1:
             raise ValueError(f"at least 1 checkpoint must be kept, got {keep}")
@@ -88,11 +77,23 @@ class Checkpointer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._model_config = _through_json(model_config, "model_config")
         self._extra = _through_json(extra or {}, "extra")
+        self._best = best
         self._silencer = EchoSilencer()
+        policies = ocp.checkpoint_managers
+        preserve = policies.LatestN(keep)
+        if best is not None:
+            # Those without metrics have a score too: were they exempt, they would never be deleted.
+            ranked = policies.BestN(get_metric_fn=best.score, n=best.keep, keep_checkpoints_without_metrics=False)
+            preserve = policies.AnyPreservationPolicy([preserve, ranked])
         self._manager = ocp.CheckpointManager(
             self.folder,
-            # What a killed process left half written goes away when the folder is opened again.
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=preserve,
+                # Only where a best one is asked for does Orbax write the metrics.
+                best_fn=None if best is None else best.score,
+                # What a killed process left half written goes away when the folder is opened again.
+                cleanup_tmp_directories=True,
+            ),
         )
         self._silencer.start()
 
@@ -103,11 +104,28 @@ class Checkpointer:
         self.close()
 
     def latest_step(self) -> int | None:
-        """The newest step that lies whole on disk, or None."""
-        return max(_whole_steps(self.folder), default=None)
+        """The newest step that lies whole on disk, or None; all processes ask, and get the same answer."""
+        return _agreed(max(whole_steps(self.folder), default=None))
 
-    def save(self, state: TrainState) -> bool:
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint that is whole on disk, or None; all processes get the same answer."""
+        return _agreed(None if self._best is None else best_step(self.folder, self._best.metric, self._best.mode))
+
+    def save(
+        self,
+        state: TrainState,
+        *,
+        input_state: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        recent_losses: Sequence[float] = (),
+    ) -> bool:
         """Copy the state off the devices and write it in the background; the state may be donated after.
+
+        Args:
+            state: all processes pass theirs.
+            input_state: plain JSON, the same in all processes; see `CheckpointMetadata`.
+            metrics: of this step, to find the best checkpoint by.
+            recent_losses: see `CheckpointMetadata`.
 
         Returns:
             False when a checkpoint of this step exists already: it stays as it is.
@@ -117,13 +135,24 @@ class Checkpointer:
         """
         self.wait()
         step = int(state.step)
-        if step in _whole_steps(self.folder):
+        if _agreed(int(step in whole_steps(self.folder))):
             return False
-        metadata = CheckpointMetadata(FORMAT_VERSION, ring_rl.__version__, step, self._model_config, self._extra)
+        metadata = CheckpointMetadata(
+            format_version=FORMAT_VERSION,
+            ring_rl_version=ring_rl.__version__,
+            step=step,
+            model_config=self._model_config,
+            extra=self._extra,
+            input_state=None if input_state is None else _through_json(input_state, "input_state"),
+            recent_losses=list(recent_losses),
+            best=None if self._best is None else {"metric": self._best.metric, "mode": self._best.mode},
+        )
         items = _items(state)
+        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         with self._explained_errors():
             return self._manager.save(
                 step,
+                metrics=finite,
                 args=ocp.args.Composite(
                     parameters=ocp.args.PyTreeSave(items["parameters"]),
                     training=ocp.args.PyTreeSave(items["training"]),
@@ -154,19 +183,20 @@ class Checkpointer:
     def restore_latest(self, like: TrainState) -> tuple[TrainState, CheckpointMetadata]:
         """The newest whole checkpoint, with the structure, types and shardings of `like`.
 
-        The mesh that wrote it does not matter: every array is laid out as its counterpart in `like`.
+        The mesh and the number of processes that wrote it do not matter: every array is laid out as its
+        counterpart in `like`. All processes call this.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
             ValueError: it belongs to another model (the differing keys or shapes are listed), was written in
-                another format, or cannot be read.
+                another format (of format 1 only the parameters can be read), or cannot be read.
         """
         self.wait()
         step = self.latest_step()
         if step is None:
             raise FileNotFoundError(f"no checkpoint in {self.folder}; train first, or name a run that has saved one")
         checkpoint = self.folder / str(step)
-        metadata = _read_metadata(checkpoint)
+        metadata = read_metadata(checkpoint, formats=(FORMAT_VERSION,))
         differences = describe_differences(metadata.model_config, self._model_config)
         if differences:
             raise ValueError(
@@ -174,8 +204,8 @@ class Checkpointer:
                 f"build the model as it was saved, or choose another run folder"
             )
         wanted = abstract_arrays(_items(like))
-        with _reader(checkpoint) as reader:
-            saved = described_arrays({item: _saved_tree(reader, checkpoint, item) for item in wanted})
+        with opened_reader(checkpoint) as reader:
+            saved = described_arrays({item: saved_tree(reader, checkpoint, item) for item in wanted})
         differences = describe_differences(saved, described_arrays(wanted))
         if differences:
             shown = "; ".join(differences[:4]) + ("; ..." if len(differences) > 4 else "")
@@ -183,7 +213,7 @@ class Checkpointer:
                 f"{len(differences)} arrays of the checkpoint {checkpoint} do not fit: {shown}; "
                 f"build the model and the optimizer as they were saved, or choose another run folder"
             )
-        with _reader(checkpoint) as reader:
+        with opened_reader(checkpoint) as reader:
             restored = reader.restore(
                 checkpoint,
                 args=ocp.args.Composite(**{item: _restore_as(tree) for item, tree in wanted.items()}),
@@ -209,47 +239,6 @@ class Checkpointer:
             ) from error
 
 
-def load_for_evaluation(
-    folder: pathlib.Path, *, step: int | None = None
-) -> tuple[CheckpointMetadata, PyTree[np.ndarray]]:
-    """Read a checkpoint's metadata and parameters as numpy arrays, without knowing how it was trained.
-
-    It needs neither the mesh nor the devices nor the optimizer of the training run, and changes nothing in
-    the folder, so it may run beside a training that still writes there.
-
-    Args:
-        folder: a run's checkpoint folder.
-        step: which checkpoint; the newest when None.
-
-    Returns:
-        The metadata, and nested dicts of arrays by parameter name, as `nnx.replace_by_pure_dict` takes them.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no such checkpoint in it.
-        ValueError: the checkpoint was written in another format, or cannot be read.
-    """
-    folder = pathlib.Path(folder).absolute()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder {folder}; train first, or name the folder of a run")
-    steps = _whole_steps(folder)
-    if not steps:
-        raise FileNotFoundError(f"no checkpoint in {folder}; train first, or name a run that has saved one")
-    step = steps[-1] if step is None else step
-    if step not in steps:
-        present = ", ".join(map(str, steps))
-        raise FileNotFoundError(f"no checkpoint of step {step} in {folder}; choose one of {present}")
-    checkpoint = folder / str(step)
-    metadata = _read_metadata(checkpoint)
-    with _reader(checkpoint) as reader:
-        tree = _saved_tree(reader, checkpoint, "parameters")
-        # Without a type asked for, the arrays would come back on the devices that they were saved from.
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        restored = reader.restore(
-            checkpoint, args=ocp.args.Composite(parameters=ocp.args.PyTreeRestore(restore_args=as_numpy))
-        )
-    return metadata, with_integer_keys(restored["parameters"])
-
-
 def _through_json(mapping: Mapping[str, Any], what: str) -> dict[str, Any]:
     """The mapping as a checkpoint will give it back: a tuple must not differ from the list it becomes."""
     try:
@@ -270,45 +259,9 @@ def _restore_as(tree: PyTree[jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
 
 
-def _whole_steps(folder: pathlib.Path) -> list[int]:
-    """Steps in ascending order, read from the disk and not from what this process believes."""
-    return sorted(ocp.path.step.checkpoint_steps(folder))
-
-
-def _read_metadata(checkpoint: pathlib.Path) -> CheckpointMetadata:
-    with _reader(checkpoint) as reader:
-        mapping = reader.restore(checkpoint, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
-    version = mapping.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"the checkpoint {checkpoint} has format {version}, this ring_rl reads {FORMAT_VERSION}; "
-            f"use ring_rl {mapping.get('ring_rl_version')}, which wrote it"
-        )
-    return CheckpointMetadata(**mapping)
-
-
-def _saved_tree(reader: ocp.Checkpointer, checkpoint: pathlib.Path, item: str) -> PyTree[Any]:
-    """Shapes and types of an item's arrays, as nested dicts."""
-    items = reader.metadata(checkpoint).item_metadata
-    if items is None or items[item] is None:
-        raise ValueError(f"it holds no {item}")
-    return items[item].tree
-
-
-@contextlib.contextmanager
-def _reader(checkpoint: pathlib.Path) -> Iterator[ocp.Checkpointer]:
-    """A reader of whole checkpoints; whatever it trips over becomes one line that names the checkpoint."""
-    handler = ocp.CompositeCheckpointHandler(
-        parameters=ocp.PyTreeCheckpointHandler(),
-        training=ocp.PyTreeCheckpointHandler(),
-        metadata=ocp.JsonCheckpointHandler(),
-    )
-    try:
-        with ocp.Checkpointer(handler) as reader:
-            yield reader
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(
-            f"the checkpoint {checkpoint} cannot be read ({reason}); "
-            f"move that folder away to fall back on an earlier one"
-        ) from error
+def _agreed(number: int | None) -> int | None:
+    """The first process's number, in all processes: what one of them sees of a shared disk may lag behind."""
+    if jax.process_count() == 1:
+        return number
+    shared = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number)))
+    return None if shared == -1 else shared

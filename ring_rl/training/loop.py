@@ -6,27 +6,31 @@ import collections
 import contextlib
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import pathlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 
-from ring_rl.training.checkpoint import Checkpointer
+from ring_rl.training.checkpoint import BestCheckpoints, Checkpointer
+from ring_rl.training.distributed import agree_to_stop, is_main_process
+from ring_rl.training.divergence import DivergenceCheck, DivergenceError, all_finite, save_offending_batch
+from ring_rl.training.input import BatchStream
 from ring_rl.training.interrupt import StopRequest, TrainingInterrupted
-from ring_rl.training.metrics import MetricsWriter
+from ring_rl.training.metrics import PERFORMANCE_PREFIX, MetricsWriter
+from ring_rl.training.profile import ProfileConfig, StepProfiler
 from ring_rl.training.progress import TrainingProgress
 from ring_rl.training.state import TrainState
-from ring_rl.typing import PyTree
+from ring_rl.training.throughput import IntervalClock, StepWork
 
 __all__ = ["DivergenceError", "LoopConfig", "train"]
 
 # Dispatch runs ahead of the devices by this many steps: enough to hide the host, few batches in memory.
 _STEPS_IN_FLIGHT = 2
+_EVALUATION = "evaluation/"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long to train and how often to do what besides.
 
@@ -34,66 +38,114 @@ class LoopConfig:
         steps: optimizer steps in all, counted from the very first one.
         log_every: steps between two records of the metrics.
         checkpoint_every: steps between two checkpoints; the last step always has one.
-        keep_checkpoints: how many of them stay on disk.
+        keep_checkpoints: how many of the newest stay on disk.
+        best_metric: keep the checkpoints that are best by this metric too, such as "loss" (of the batch of that
+            step) or "evaluation/return"; null keeps none for being good.
+        best_mode: whether the least or the greatest value is the best.
+        keep_best: how many of the best stay on disk, among them perhaps some of the newest.
         evaluate_every: steps between two evaluations, the last step always has one; null for none at all.
+        largest_loss_ratio: stop where the loss is more than this many times the median of the last ones, see
+            `DivergenceCheck`; null stops only where it is not finite.
+        peak_flops_per_second: of one device, for model FLOPs utilisation; null takes the data sheet's figure
+            where the device has one, and reports no utilisation where not, as on CPUs.
+        profile: steps to trace; null traces none.
     """
 
     steps: int
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    best_metric: str | None
+    best_mode: Literal["min", "max"]
+    keep_best: int
     evaluate_every: int | None
+    largest_loss_ratio: float | None
+    peak_flops_per_second: float | None
+    profile: ProfileConfig | None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "evaluate_every"):
+            value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.largest_loss_ratio is not None and not 1 < self.largest_loss_ratio < math.inf:
+            raise ValueError(f"largest_loss_ratio must lie above 1, got {self.largest_loss_ratio}; null turns it off")
+        if self.peak_flops_per_second is not None and not 0 < self.peak_flops_per_second < math.inf:
+            raise ValueError(f"peak_flops_per_second must be positive, got {self.peak_flops_per_second}")
+        if self.best_metric is not None and self.best_metric.startswith(_EVALUATION):
+            if self.evaluate_every is None:
+                raise ValueError(f"best_metric is {self.best_metric}, but nothing is evaluated; set evaluate_every")
+            if self.checkpoint_every % self.evaluate_every:
+                raise ValueError(
+                    f"best_metric is {self.best_metric}, so each checkpoint needs an evaluation: checkpoint_every "
+                    f"must be a multiple of evaluate_every={self.evaluate_every}, got {self.checkpoint_every}"
+                )
+        if self.profile is not None and self.profile.start_step + self.profile.steps > self.steps:
+            raise ValueError(
+                f"the profile of steps {self.profile.start_step} to {self.profile.start_step + self.profile.steps} "
+                f"ends after the last step {self.steps}; lower profile.start_step or profile.steps"
+            )
 
-
-class DivergenceError(ValueError):
-    """The loss or its gradient is not finite any more."""
+    @property
+    def best_checkpoints(self) -> BestCheckpoints | None:
+        """For the `Checkpointer`."""
+        if self.best_metric is None:
+            return None
+        return BestCheckpoints(metric=self.best_metric, mode=self.best_mode, keep=self.keep_best)
 
 
 def train(
     *,
     state: TrainState,
     step_function: Callable[[TrainState, Any], tuple[TrainState, Mapping[str, Any]]],
-    batch_at: Callable[[int], PyTree[Any]],
+    batches: BatchStream,
     config: LoopConfig,
     checkpointer: Checkpointer,
     writers: Sequence[MetricsWriter],
+    run_folder: pathlib.Path,
+    work: StepWork | None = None,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    recent_losses: Iterable[float] = (),
     progress: bool = True,
 ) -> TrainState:
     """Train from `state.step` to `config.steps`.
 
-    Step s takes batch_at(s), s counted from 0, so a run that resumes from a checkpoint sees the batches that
-    it would have seen. The next batch is prepared in a background thread while the devices work, and metrics
-    are fetched only where they are logged or saved. Metrics after s steps are recorded as step s, those of
-    `evaluate` under "evaluation/", before the checkpoint of step s is begun.
+    Metrics after s steps are recorded as step s, those of `evaluate` under "evaluation/" and those of the
+    machine under "performance/", before the checkpoint of step s is begun. They are fetched from the devices
+    only where they are logged or saved; between two such steps the loop only keeps the devices from being
+    more than two steps behind.
 
     SIGINT and SIGTERM let the current step finish, save it and raise `TrainingInterrupted` (an evaluation due
     at that very step is left out); a second one ends the process at once. The handlers that were there before
     are restored. Outside the main thread no handlers are set, because Python allows none.
 
+    Where several processes train together all of them call this with the same arguments, except that only the
+    main one has writers and shows progress. Asked to stop, they stop after the same step; every other decision
+    follows from metrics that all of them have.
+
     Args:
         state: where to start; it is donated to the first step.
         step_function: as from `make_train_step`.
-        batch_at: a pure function of the step. It runs in another thread, one call at a time.
+        batches: its next batch is that of step `state.step`; its state is saved with every checkpoint. The
+            caller closes it.
         config: steps and intervals.
         checkpointer: receives the state, now and then and at the end.
         writers: receive each record; the caller closes them.
+        run_folder: holds `offending_batch/` after a divergence and `profile/` where one is asked for.
+        work: what a step amounts to, for tokens per second and model FLOPs utilisation.
         evaluate: called with the state every `evaluate_every` steps.
+        recent_losses: of the checkpoint that training goes on from, `CheckpointMetadata.recent_losses`.
         progress: show a progress bar.
 
     Returns:
         The state after `config.steps` steps, saved.
 
     Raises:
-        DivergenceError: the loss or the norm of its gradient is not finite; the state is not saved.
+        DivergenceError: the loss, the norm of its gradient or a parameter is not finite, or the loss has
+            exploded; the state is not saved, the batch of that step is, in `<run_folder>/offending_batch/`.
         TrainingInterrupted: stopped by a signal; the state is saved.
-        ValueError: the state is past the last step, or an evaluation is configured and none is given.
+        ValueError: the state is past the last step, an evaluation is configured and none is given, there is
+            no metric `best_metric`, or the batches end early.
     """
     start = int(state.step)
     if start > config.steps:
@@ -103,57 +155,77 @@ def train(
         evaluate = _no_evaluation
     elif evaluate is None:
         raise ValueError(f"evaluate_every is {evaluate_every}, but there is no evaluation; set it to null")
+    check = DivergenceCheck(config.largest_loss_ratio, recent_losses)
     pending: collections.deque[tuple[int, Mapping[str, Any]]] = collections.deque()
+    clock = IntervalClock(work)
+
+    def save(newest: Mapping[str, float]) -> None:
+        with clock.waiting_for_checkpoint():
+            checkpointer.save(state, input_state=batches.state(), metrics=newest, recent_losses=check.recent_losses)
+
+    def fail(complaint: str, done: int) -> DivergenceError:
+        return _divergence(complaint, done, checkpointer, batches, run_folder)
+
+    profile = config.profile if is_main_process() else None
     with (
         TrainingProgress(start, config.steps, visible=progress) as bar,
         StopRequest() as stop,
-        _prefetched(batch_at, start, config.steps) as batches,
+        StepProfiler(profile, run_folder / "profile") as profiler,
     ):
-        interval_start, interval_step = time.perf_counter(), start
-        for step, batch in batches:
-            state, metrics = step_function(state, batch)
+        clock.restart(start)
+        for step in range(start, config.steps):
+            with clock.waiting_for_input():
+                batch = _next_batch(batches, step, config.steps)
+            with profiler.step(step, state):
+                state, metrics = step_function(state, batch)
             done = step + 1
             pending.append((done, metrics))
             if step == start:
                 # Compilation is over when the first step is; it says nothing about steps per second.
                 jax.block_until_ready(metrics)
-                interval_start, interval_step = time.perf_counter(), done
+                _require_best_metric(config.best_metric, metrics, of_evaluation=False)
+                clock.restart(done)
             elif len(pending) > _STEPS_IN_FLIGHT:
                 jax.block_until_ready(pending[-1 - _STEPS_IN_FLIGHT][1])
             bar.advance(done)
+            if profiler.ends_after(done):
+                with clock.paused():
+                    profiler.stop(state)
 
-            last = done == config.steps
-            evaluation: dict[str, float] = {}
-            if evaluate_every is not None and (last or done % evaluate_every == 0) and not stop.requested:
-                jax.block_until_ready(metrics)
-                evaluation_start = time.perf_counter()
-                evaluation = {f"evaluation/{name}": value for name, value in evaluate(state).items()}
-                interval_start += time.perf_counter() - evaluation_start
             # Read once: a signal may come between any two lines, and what is saved must have been checked.
-            stopping = stop.requested
+            stopping = agree_to_stop(done, stop.requested)
+            last = done == config.steps
             log_now = last or done % config.log_every == 0
             save_now = last or stopping or done % config.checkpoint_every == 0
-            record: dict[str, float] = {}
-            if log_now or save_now:
-                newest = _fetch_finite(pending, checkpointer)
-                if log_now:
-                    record |= newest
-                    seconds = time.perf_counter() - interval_start
-                    if done > interval_step:
-                        record["steps_per_second"] = (done - interval_step) / seconds
-                        bar.report(loss=newest["loss"], steps_per_second=record["steps_per_second"])
-                    interval_start, interval_step = time.perf_counter(), done
-            record |= evaluation
+            evaluate_now = evaluate_every is not None and (last or done % evaluate_every == 0) and not stopping
+            if not (log_now or save_now or evaluate_now):
+                continue
+            newest = _fetch_checked(pending, check, fail)
+            record = dict(newest) if log_now else {}
+            if log_now:
+                figures = clock.metrics(done)
+                bar.report(loss=newest["loss"], steps_per_second=figures.get(f"{PERFORMANCE_PREFIX}steps_per_second"))
+                record |= figures
+                clock.restart(done)
+            if evaluate_now:
+                with clock.paused():
+                    evaluation = {f"{_EVALUATION}{name}": value for name, value in evaluate(state).items()}
+                _require_best_metric(config.best_metric, evaluation, of_evaluation=True)
+                newest |= evaluation
+                record |= evaluation
             if record:
                 for writer in writers:
                     writer.write(done, record)
             if save_now:
-                checkpointer.save(state)
+                if not bool(all_finite(state.parameters)):
+                    raise fail("a parameter is not finite", done)
+                save(newest)
             if stopping:
                 checkpointer.wait()
                 raise TrainingInterrupted(f"step {done} of {config.steps} is saved; start again to resume")
     # Also where there was nothing left to do: a finished run has its last checkpoint.
-    checkpointer.save(state)
+    if start == config.steps:
+        save({})
     checkpointer.wait()
     return state
 
@@ -162,48 +234,58 @@ def _no_evaluation(_: TrainState) -> Mapping[str, float]:
     return {}
 
 
-def _fetch_finite(
-    pending: collections.deque[tuple[int, Mapping[str, Any]]], checkpointer: Checkpointer
-) -> dict[str, float]:
-    """The newest of the pending metrics as floats, once all of them are found finite; empties `pending`."""
-    fetched: dict[str, float] = {}
-    while pending:
-        step, metrics = pending.popleft()
-        fetched = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(fetched.get(name, 0.0)):
-                checkpointer.wait()
-                good = checkpointer.latest_step()
-                saved = (
-                    "no checkpoint was saved before"
-                    if good is None
-                    else f"the last good checkpoint is that of step {good} in {checkpointer.folder}"
-                )
-                raise DivergenceError(
-                    f"{name} is {fetched[name]} after step {step}; {saved}; "
-                    f"lower learning_rate or gradient_clip_norm and train in another run_dir"
-                )
-    return fetched
-
-
-@contextlib.contextmanager
-def _prefetched(
-    batch_at: Callable[[int], PyTree[Any]], start: int, stop: int
-) -> Iterator[Iterator[tuple[int, PyTree[Any]]]]:
-    """Iterates (step, batch_at(step)), preparing one batch ahead in a thread."""
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch_at")
-
-    def batches() -> Iterator[tuple[int, PyTree[Any]]]:
-        if start == stop:
-            return
-        upcoming = executor.submit(batch_at, start)
-        for step in range(start, stop - 1):
-            batch = upcoming.result()
-            upcoming = executor.submit(batch_at, step + 1)
-            yield step, batch
-        yield stop - 1, upcoming.result()
-
+def _next_batch(batches: BatchStream, step: int, steps: int) -> Any:
     try:
-        yield batches()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        return next(batches)
+    except StopIteration:
+        raise ValueError(f"the input ended before step {step + 1} of {steps}; lower steps or give it more") from None
+
+
+def _fetch_checked(
+    pending: collections.deque[tuple[int, Mapping[str, Any]]],
+    check: DivergenceCheck,
+    fail: Callable[[str, int], DivergenceError],
+) -> dict[str, float]:
+    """The newest of the pending metrics as floats, once all of them are found good; empties `pending`."""
+    # All transfers are under way before the first is waited for.
+    fetched = jax.device_get([(step, dict(metrics)) for step, metrics in pending])
+    pending.clear()
+    newest: dict[str, float] = {}
+    for step, metrics in fetched:
+        newest = {name: float(value) for name, value in metrics.items()}
+        complaint = check.complaint(newest)
+        if complaint is not None:
+            raise fail(complaint, int(step))
+    return newest
+
+
+def _divergence(
+    complaint: str, done: int, checkpointer: Checkpointer, batches: BatchStream, run_folder: pathlib.Path
+) -> DivergenceError:
+    """The error to raise, after what is needed to look into it is on disk."""
+    try:
+        saved_batch = (
+            f"its batch is in {save_offending_batch(run_folder / 'offending_batch', done, batches.batch_at(done - 1))}"
+        )
+    except Exception as error:
+        # The divergence is the news; that its batch could not be kept must not hide it.
+        saved_batch = f"its batch could not be saved ({error})"
+    with contextlib.suppress(OSError):
+        checkpointer.wait()
+    good = checkpointer.latest_step()
+    checkpoint = (
+        "no checkpoint was saved before"
+        if good is None
+        else f"the last good checkpoint is that of step {good} in {checkpointer.folder}"
+    )
+    return DivergenceError(
+        f"{complaint} after step {done}; {checkpoint}; {saved_batch}; "
+        f"lower learning_rate or gradient_clip_norm and train in another run_dir"
+    )
+
+
+def _require_best_metric(best_metric: str | None, present: Mapping[str, Any], *, of_evaluation: bool) -> None:
+    """Refuses a best_metric that nothing reports, at the first step or evaluation and not after a day."""
+    if best_metric is None or best_metric.startswith(_EVALUATION) != of_evaluation or best_metric in present:
+        return
+    raise ValueError(f"there is no metric {best_metric} for best_metric; choose one of {', '.join(sorted(present))}")

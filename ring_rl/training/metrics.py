@@ -16,7 +16,19 @@ from rich.console import Console
 
 from ring_rl.atomic_file import write_whole
 
-__all__ = ["ConsoleWriter", "JsonlWriter", "MetricsWriter", "WandbConfig", "WandbWriter", "read_metrics"]
+__all__ = [
+    "PERFORMANCE_PREFIX",
+    "ConsoleWriter",
+    "JsonlWriter",
+    "MetricsWriter",
+    "WandbConfig",
+    "WandbWriter",
+    "read_metrics",
+    "without_performance",
+]
+
+# Begins the names of all figures about the machine: times, rates, memory. All others are reproducible to the bit.
+PERFORMANCE_PREFIX = "performance/"
 
 
 class MetricsWriter(Protocol):
@@ -87,7 +99,7 @@ class ConsoleWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the step and its metrics."""
-        values = "  ".join(f"{name} {value:.5g}" for name, value in metrics.items())
+        values = "  ".join(f"{name.removeprefix(PERFORMANCE_PREFIX)} {value:.5g}" for name, value in metrics.items())
         self._console.print(f"step {step:>7}  {values}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -177,6 +189,11 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     if not pathlib.Path(path).exists():
         raise FileNotFoundError(f"no metrics file {path}; train first, or name the file of a run")
     return [record for _, record in _parse(pathlib.Path(path)) if record is not None]
+
+
+def without_performance(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without the figures about the machine: what two runs of one configuration have in common."""
+    return {name: value for name, value in record.items() if not name.startswith(PERFORMANCE_PREFIX)}
 
 
 def _parse(path: pathlib.Path) -> list[tuple[str, dict[str, Any] | None]]:

@@ -48,6 +48,7 @@ class TrainingProgress:
         else:
             self._progress.update(self._task, completed=done)
 
-    def report(self, *, loss: float, steps_per_second: float) -> None:
-        """Show the newest figures."""
-        self._progress.update(self._task, figures=f"loss {loss:.4g}, {steps_per_second:.3g} steps/s")
+    def report(self, *, loss: float, steps_per_second: float | None) -> None:
+        """Show the newest figures; None where no whole interval has been timed yet."""
+        speed = "" if steps_per_second is None else f", {steps_per_second:.3g} steps/s"
+        self._progress.update(self._task, figures=f"loss {loss:.4g}{speed}")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import pathlib
 import re
@@ -19,9 +20,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 import ring_rl
-from ring_rl.training.checkpoint import Checkpointer, load_for_evaluation
+from ring_rl.training.checkpoint import BestCheckpoints, Checkpointer, load_for_evaluation
 from ring_rl.training.mesh import MeshConfig, make_mesh
 from ring_rl.training.state import TrainState, create_state
 
@@ -217,25 +221,21 @@ def test_a_damaged_checkpoint_is_named_with_a_remedy(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def rewrite_metadata(checkpoint: pathlib.Path, change) -> None:
+    file = checkpoint / "metadata" / "metadata"
+    mapping = json.loads(file.read_text())
+    change(mapping)
+    file.write_text(json.dumps(mapping))
+
+
 def test_another_format_is_refused(tmp_path):
     with open_checkpointer(tmp_path) as checkpointer:
         checkpointer.save(make_state(sp=1))
-    [file] = [path for path in (tmp_path / "0" / "metadata").iterdir() if path.name == "metadata"]
-    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(ValueError, match="has format 99, this ring_rl reads 1; use ring_rl"):
+    rewrite_metadata(tmp_path / "0", lambda mapping: mapping.update(format_version=99))
+    with pytest.raises(ValueError, match="has format 99, this ring_rl goes on from 2; use ring_rl"):
         load_for_evaluation(tmp_path)
 
 
-SAVE_IN_A_LOOP = """
-import dataclasses, pathlib, sys
-import jax, jax.numpy as jnp, optax
-from flax import nnx
-from ring_rl.training.checkpoint import Checkpointer
-from ring_rl.training.state import TrainState
-
-with Checkpointer(pathlib.Path(sys.argv[1]), keep=2, model_config={}) as checkpointer:
-    step = (checkpointer.latest_step() or 0) + 1
-    while True:
 def test_the_first_format_can_be_evaluated_and_not_gone_on_from(tmp_path):
     state = make_state(sp=1)
     with open_checkpointer(tmp_path) as checkpointer:
@@ -330,6 +330,16 @@ def test_the_best_of_a_run_that_kept_none_is_refused(tmp_path):
         load_for_evaluation(tmp_path, step="best")
 
 
+SAVE_IN_A_LOOP = """
+import dataclasses, pathlib, sys
+import jax, jax.numpy as jnp, optax
+from flax import nnx
+from ring_rl.training.checkpoint import Checkpointer
+from ring_rl.training.state import TrainState
+
+with Checkpointer(pathlib.Path(sys.argv[1]), keep=2, model_config={}) as checkpointer:
+    step = (checkpointer.latest_step() or 0) + 1
+    while True:
         arrays = {str(index): jnp.full((64, 64), float(step)) for index in range(40)}
         checkpointer.save(TrainState(jnp.int32(step), arrays, {}))
         print(step, flush=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -11,12 +12,16 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from ring_rl.training.checkpoint import Checkpointer
+from ring_rl.training.checkpoint import Checkpointer, load_for_evaluation
 from ring_rl.training.interrupt import TrainingInterrupted
 from ring_rl.training.loop import DivergenceError, LoopConfig, train
+from ring_rl.training.metrics import without_performance
+from ring_rl.training.profile import ProfileConfig
 from ring_rl.training.state import TrainState
+from ring_rl.training.throughput import StepWork
 
 
 class ListWriter:
@@ -38,6 +43,45 @@ def add_batch(state: TrainState, batch: jax.Array) -> tuple[TrainState, dict[str
     return TrainState(state.step + 1, parameters, {}), metrics
 
 
+class Batches:
+    """A `BatchStream` of scalars, made when they are asked for."""
+
+    def __init__(self, batch_at, start: int = 0, steps: int = 99):
+        self._batch_at, self._step, self._steps = batch_at, start, steps
+
+    def __next__(self):
+        if self._step == self._steps:
+            raise StopIteration
+        self._step += 1
+        return jnp.float32(self._batch_at(self._step - 1))
+
+    def state(self):
+        return {"next_step": self._step}
+
+    def batch_at(self, step):
+        return {"batch": np.float32(self._batch_at(step))}
+
+    def close(self):
+        pass
+
+
+def loop_config(**changes) -> LoopConfig:
+    settings = {
+        "steps": 10,
+        "log_every": 2,
+        "checkpoint_every": 4,
+        "keep_checkpoints": 9,
+        "best_metric": None,
+        "best_mode": "min",
+        "keep_best": 1,
+        "evaluate_every": None,
+        "largest_loss_ratio": None,
+        "peak_flops_per_second": None,
+        "profile": None,
+    }
+    return LoopConfig(**(settings | changes))
+
+
 def initial(step: int = 0) -> TrainState:
     return jax.device_put(TrainState(jnp.int32(step), {"total": jnp.float32(0)}, {}), jax.devices()[0])
 
@@ -45,33 +89,34 @@ def initial(step: int = 0) -> TrainState:
 def run(
     folder: pathlib.Path,
     *,
-    steps: int = 10,
-    log_every: int = 2,
-    checkpoint_every: int = 4,
-    evaluate_every: int | None = None,
     state: TrainState | None = None,
     batch_at=float,
+    batches_end: int = 99,
     step_function=add_batch,
-    **options,
+    options: dict | None = None,
+    **changes,
 ) -> tuple[TrainState, list[tuple[int, dict[str, float]]]]:
+    """Train with `loop_config(**changes)`; the checkpoints lie in `<folder>/checkpoints`."""
     writer = ListWriter()
-    config = LoopConfig(steps, log_every, checkpoint_every, keep_checkpoints=9, evaluate_every=evaluate_every)
-    with Checkpointer(folder, keep=9, model_config={}) as checkpointer:
+    config = loop_config(**changes)
+    state = state or initial()
+    with Checkpointer(folder / "checkpoints", keep=9, model_config={}, best=config.best_checkpoints) as checkpointer:
         state = train(
-            state=state or initial(),
+            state=state,
             step_function=step_function,
-            batch_at=lambda step: jnp.float32(batch_at(step)),
+            batches=Batches(batch_at, int(state.step), batches_end),
             config=config,
             checkpointer=checkpointer,
             writers=[writer],
+            run_folder=folder,
             progress=False,
-            **options,
+            **(options or {}),
         )
     return state, writer.records
 
 
 def saved_steps(folder: pathlib.Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir())
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
 
 
 def test_every_step_sees_its_batch_once_and_intervals_hold(tmp_path):
@@ -80,7 +125,8 @@ def test_every_step_sees_its_batch_once_and_intervals_hold(tmp_path):
     assert float(state.parameters["total"]) == sum(range(9))
     assert [step for step, _ in records] == [2, 4, 6, 8, 9]
     assert [record["loss"] for _, record in records] == [1, 3, 5, 7, 8]
-    assert all(record["steps_per_second"] > 0 for _, record in records)
+    assert all(record["performance/steps_per_second"] > 0 for _, record in records)
+    assert next(without_performance(record) for _, record in records) == {"loss": 1, "gradient_norm": 1}
     assert saved_steps(tmp_path) == [4, 8, 9]
 
 
@@ -110,7 +156,7 @@ def test_evaluation_comes_at_its_interval_and_at_the_end(tmp_path):
     def evaluate(state: TrainState) -> dict[str, float]:
         return {"total": float(state.parameters["total"])}
 
-    _, records = run(tmp_path, steps=7, evaluate_every=3, evaluate=evaluate)
+    _, records = run(tmp_path, steps=7, evaluate_every=3, options={"evaluate": evaluate})
     evaluations = {step: record["evaluation/total"] for step, record in records if "evaluation/total" in record}
     assert evaluations == {3: 3, 6: 15, 7: 21}
     assert [step for step, _ in records] == [2, 3, 4, 6, 7]
@@ -128,6 +174,10 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tmp_path, bad_st
     with pytest.raises(DivergenceError, match=message):
         run(tmp_path, log_every=10, batch_at=batch_at)
     assert saved_steps(tmp_path) == [step for step in (4,) if step <= bad_step]
+    # The batch that led there, beside the checkpoints and under the step's number in the metrics.
+    [offending] = (tmp_path / "offending_batch").iterdir()
+    assert offending.name == f"step_{bad_step + 1}.npz"
+    assert np.isnan(np.load(offending)["batch"])
 
 
 def test_a_gradient_that_is_not_finite_stops_training_too(tmp_path):
@@ -139,6 +189,85 @@ def test_a_gradient_that_is_not_finite_stops_training_too(tmp_path):
         run(tmp_path, step_function=step_function, batch_at=lambda step: step + 1.0)
 
 
+def test_a_state_that_is_not_finite_is_not_saved_though_its_loss_still_is(tmp_path):
+    def step_function(state: TrainState, batch: jax.Array):
+        state, metrics = add_batch(state, batch)
+        infinite = {"total": state.parameters["total"] + jnp.where(state.step == 3, jnp.inf, 0.0)}
+        return dataclasses.replace(state, parameters=infinite), metrics
+
+    with pytest.raises(DivergenceError, match="a parameter is not finite after step 4; no checkpoint was saved"):
+        run(tmp_path, step_function=step_function)
+    assert saved_steps(tmp_path) == []
+
+
+def test_an_exploding_loss_stops_training(tmp_path):
+    def batch_at(step: int) -> float:
+        return 30.0 if step == 20 else 1.0 + step % 2
+
+    exploded = r"loss 30 is more than 15 times the median 1\.5 of the 20 before it after step 21; .* of step 20 in "
+    with pytest.raises(DivergenceError, match=exploded):
+        run(tmp_path, steps=30, batch_at=batch_at, largest_loss_ratio=15.0)
+    assert saved_steps(tmp_path)[-1] == 20
+    assert run(tmp_path / "lenient", steps=30, batch_at=batch_at, largest_loss_ratio=25.0)[0].step == 30
+    # A run that goes on from step 20 knows what came before it.
+    with Checkpointer(tmp_path / "checkpoints", keep=9, model_config={}) as checkpointer:
+        state, metadata = checkpointer.restore_latest(initial())
+    assert metadata.recent_losses == [1.0, 2.0] * 10
+    options = {"recent_losses": metadata.recent_losses}
+    with pytest.raises(DivergenceError, match=exploded):
+        run(tmp_path, state=state, steps=30, batch_at=batch_at, largest_loss_ratio=15.0, options=options)
+    names = {path.name for path in (tmp_path / "offending_batch").iterdir()}
+    assert names == {"step_21.npz", "step_21.2.npz"}, "an earlier file was replaced"
+
+
+def test_a_batch_that_cannot_be_saved_does_not_hide_the_divergence(tmp_path):
+    (tmp_path / "offending_batch").write_text("in the way")
+    with pytest.raises(DivergenceError, match=r"loss is nan after step 1; .*; its batch could not be saved \("):
+        run(tmp_path, batch_at=lambda _: float("nan"))
+
+
+def test_the_best_checkpoints_stay(tmp_path):
+    losses = [5, 1, 4, 2, 3, 6]
+
+    def keep_one(folder: pathlib.Path, **options) -> list[int]:
+        config = loop_config(steps=6, checkpoint_every=1, **options)
+        with Checkpointer(
+            folder / "checkpoints", keep=1, model_config={}, best=config.best_checkpoints
+        ) as checkpointer:
+            train(
+                state=initial(),
+                step_function=add_batch,
+                batches=Batches(losses.__getitem__),
+                config=config,
+                checkpointer=checkpointer,
+                writers=[],
+                run_folder=folder,
+                progress=False,
+                evaluate=lambda state: {"loss": -losses[int(state.step) - 1]},
+            )
+        return saved_steps(folder)
+
+    assert keep_one(tmp_path / "none") == [6]
+    assert keep_one(tmp_path / "min", best_metric="loss", keep_best=2) == [2, 4, 6]
+    assert keep_one(tmp_path / "max", best_metric="evaluation/loss", best_mode="max", evaluate_every=1) == [2, 6]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"best_metric": "accuracy"}, "there is no metric accuracy for best_metric; choose one of gradient_norm, loss"),
+        (
+            {"best_metric": "evaluation/win", "evaluate_every": 1, "checkpoint_every": 2},
+            "there is no metric evaluation/win for best_metric; choose one of evaluation/total",
+        ),
+    ],
+)
+def test_a_best_metric_that_nothing_reports_is_refused_at_once(tmp_path, changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        run(tmp_path, options={"evaluate": lambda _: {"total": 0.0}}, **changes)
+    assert saved_steps(tmp_path) == []
+
+
 def test_an_error_in_the_data_reaches_the_caller(tmp_path):
     def batch_at(step: int) -> float:
         if step == 3:
@@ -147,23 +276,98 @@ def test_an_error_in_the_data_reaches_the_caller(tmp_path):
 
     with pytest.raises(FileNotFoundError, match="episode 3"):
         run(tmp_path, batch_at=batch_at)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batch_at")]
+    with pytest.raises(ValueError, match="the input ended before step 8 of 10"):
+        run(tmp_path / "short", batches_end=7)
 
 
-def test_the_next_batch_is_prepared_while_a_step_runs(tmp_path):
-    started = [threading.Event() for _ in range(10)]
+def test_every_checkpoint_knows_which_batch_comes_next(tmp_path):
+    run(tmp_path)
+    for step in saved_steps(tmp_path):
+        assert load_for_evaluation(tmp_path / "checkpoints", step=step)[0].input_state == {"next_step": step}
+
+
+class FakeTime:
+    """Seconds that pass only where a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("ring_rl.training.throughput.time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_performance_is_reported_with_the_work_of_a_step(tmp_path, monkeypatch):
+    fake = FakeTime(monkeypatch)
 
     def batch_at(step: int) -> float:
-        started[step].set()
-        return 0.0
+        fake.now += 3 if step < 4 else 0
+        return 1.0
 
     def step_function(state: TrainState, batch: jax.Array):
-        upcoming = int(state.step) + 1
-        if upcoming < 10:
-            assert started[upcoming].wait(timeout=10), f"batch {upcoming} waits for step {upcoming - 1} to end"
+        fake.now += 1
         return add_batch(state, batch)
 
-    assert int(run(tmp_path, batch_at=batch_at, step_function=step_function)[0].step) == 10
+    def evaluate(_: TrainState) -> dict[str, float]:
+        fake.now += 1000
+        return {}
+
+    work = StepWork(tokens=100, model_flops=3e6, devices=2, peak_flops_per_second=1e9)
+    options = {"work": work, "evaluate": evaluate}
+    _, records = run(
+        tmp_path, steps=8, evaluate_every=2, step_function=step_function, batch_at=batch_at, options=options
+    )
+    rates = {step: record["performance/tokens_per_second"] for step, record in records}
+    assert rates == {2: 25, 4: 25, 6: 100, 8: 100}
+    for step, record in records:
+        assert record["performance/steps_per_second"] == rates[step] / 100
+        assert record["performance/model_flops_utilisation"] == pytest.approx(3e6 * rates[step] / 100 / 2e9)
+        assert record["performance/input_wait"] == (0.75 if step <= 4 else 0)
+        assert record["performance/checkpoint_wait"] == 0
+        assert record["performance/process_memory_gib"] > 0.01
+
+
+def test_metrics_are_not_fetched_between_records(tmp_path, monkeypatch):
+    fetches = []
+    monkeypatch.setattr("jax.device_get", lambda tree, get=jax.device_get: fetches.append(len(tree)) or get(tree))
+    run(tmp_path, steps=20, log_every=10, checkpoint_every=20)
+    assert [number for number in fetches if number > 1] == [10, 10]
+
+
+def test_all_processes_stop_where_they_agree(tmp_path, monkeypatch):
+    asked = []
+
+    def agree_to_stop(done: int, requested: bool) -> bool:
+        asked.append((done, requested))
+        return done == 3  # another process was asked to
+
+    monkeypatch.setattr("ring_rl.training.loop.agree_to_stop", agree_to_stop)
+    with pytest.raises(TrainingInterrupted, match="step 3 of 10 is saved"):
+        run(tmp_path)
+    assert asked == [(1, False), (2, False), (3, False)]
+    assert saved_steps(tmp_path) == [3]
+
+
+def test_a_profile_holds_the_steps_asked_for(tmp_path):
+    profile = ProfileConfig(start_step=4, steps=3)
+    run(tmp_path, profile=profile)
+    [trace] = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    summary = json.loads(trace.with_name("summary.json").read_text())
+    assert summary["steps"] == 3
+    assert sum(operation["share"] for operation in summary["operations"]) == pytest.approx(1)
+    with pytest.raises(ValueError, match="the profile of steps 8 to 11 ends after the last step 10"):
+        loop_config(profile=dataclasses.replace(profile, start_step=8))
+    # A run that goes on past its beginning has nothing to trace.
+    run(tmp_path / "late", state=initial(5), profile=profile)
+    assert not (tmp_path / "late" / "profile").exists()
+
+
+def test_a_run_that_ends_while_it_is_profiled_ends_the_trace(tmp_path):
+    profile = ProfileConfig(start_step=2, steps=5)
+    with pytest.raises(DivergenceError):
+        run(tmp_path, profile=profile, batch_at=lambda step: float("nan") if step == 3 else 1.0)
+    run(tmp_path / "next", profile=profile)
+    assert len(list((tmp_path / "next" / "profile").rglob("summary.json"))) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -179,7 +383,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, number):
         run(tmp_path, step_function=step_function)
     assert saved_steps(tmp_path) == [4, 5]
     assert {each: signal.getsignal(each) for each in before} == before
-    with Checkpointer(tmp_path, keep=9, model_config={}) as checkpointer:
+    with Checkpointer(tmp_path / "checkpoints", keep=9, model_config={}) as checkpointer:
         state, _ = checkpointer.restore_latest(initial())
     assert float(run(tmp_path, state=state)[0].parameters["total"]) == sum(range(10))
 
@@ -223,15 +427,15 @@ def test_it_works_outside_the_main_thread(tmp_path):
 
 
 def test_the_progress_bar_shows_the_end(tmp_path, capsys):
-    run_options = dataclasses.asdict(LoopConfig(4, 2, 4, 1, None))
-    with Checkpointer(tmp_path, keep=1, model_config={}) as checkpointer:
+    with Checkpointer(tmp_path / "checkpoints", keep=1, model_config={}) as checkpointer:
         train(
             state=initial(),
             step_function=add_batch,
-            batch_at=jnp.float32,
-            config=LoopConfig(**run_options),
+            batches=Batches(float),
+            config=loop_config(steps=4),
             checkpointer=checkpointer,
             writers=[],
+            run_folder=tmp_path,
         )
     shown = capsys.readouterr().out
     assert "training" in shown
@@ -239,7 +443,26 @@ def test_the_progress_bar_shows_the_end(tmp_path, capsys):
     assert "steps/s" in shown
 
 
-@pytest.mark.parametrize("field", ["steps", "log_every", "checkpoint_every", "keep_checkpoints", "evaluate_every"])
+@pytest.mark.parametrize(
+    "field", ["steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "evaluate_every"]
+)
 def test_intervals_must_be_positive(field):
     with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
-        dataclasses.replace(LoopConfig(1, 1, 1, 1, None), **{field: 0})
+        loop_config(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"largest_loss_ratio": 1.0}, "largest_loss_ratio must lie above 1, got 1.0; null turns it off"),
+        ({"peak_flops_per_second": 0.0}, "peak_flops_per_second must be positive, got 0.0"),
+        ({"best_metric": "evaluation/return"}, "nothing is evaluated; set evaluate_every"),
+        (
+            {"best_metric": "evaluation/return", "evaluate_every": 3},
+            "checkpoint_every must be a multiple of evaluate_every=3, got 4",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        loop_config(**changes)

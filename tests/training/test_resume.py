@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from ring_rl.training.metrics import read_metrics
+from ring_rl.training.metrics import read_metrics, without_performance
 
 TOY_RUN = pathlib.Path(__file__).with_name("toy_run.py")
 STEPS = 30
@@ -37,7 +37,7 @@ def start_and_signal(folder: pathlib.Path, number: signal.Signals, *, after_reco
 
 def trajectory(folder: pathlib.Path) -> list[dict]:
     records = read_metrics(folder / "metrics.jsonl")
-    return [{name: value for name, value in record.items() if name != "steps_per_second"} for record in records]
+    return [without_performance(record) for record in records]
 
 
 def test_resumed_after_sigkill_and_after_sigterm_equals_uninterrupted(tmp_path):
