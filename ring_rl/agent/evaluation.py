@@ -12,10 +12,11 @@ import numpy as np
 from ring_rl.agent.model import BehaviourCloningConfig, ModelConfig, SequenceModelConfig
 from ring_rl.agent.policy import ModelPolicy, Policy
 from ring_rl.agent.rollout import Rollouts, reset_seeds, roll_out
-from ring_rl.agent.statistics import Scores, estimate, score
+from ring_rl.agent.statistics import Scores, score
 from ring_rl.atomic_file import write_whole
 from ring_rl.config import from_mapping
 from ring_rl.training.checkpoint import load_for_evaluation
+from ring_rl.training.statistics import estimate
 from ring_rl.typing import Float64
 
 

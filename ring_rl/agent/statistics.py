@@ -3,26 +3,9 @@
 import dataclasses
 
 import numpy as np
-from scipy import stats
 
+from ring_rl.training.statistics import Estimate, estimate
 from ring_rl.typing import Float64
-
-CONFIDENCE = 0.95
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and its 95% confidence interval (Student's t; NaN bounds for a single seed)."""
-
-    mean: float
-    low: float
-    high: float
-    seeds: int
-
-    def __str__(self) -> str:
-        if np.isnan(self.low):
-            return f"{self.mean:.0f}"
-        return f"{self.mean:.0f} [{self.low:.0f}, {self.high:.0f}]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +21,6 @@ class Scores:
     mean: Estimate
     last: Estimate
     best: Estimate
-
-
-def estimate(values: Float64[np.ndarray, " seeds"]) -> Estimate:
-    """The mean of one value a seed, mean ± t_{0.975, n-1} s / √n."""
-    values = np.asarray(values, np.float64)
-    mean, count = float(values.mean()), len(values)
-    if count < 2:
-        return Estimate(mean, float("nan"), float("nan"), count)
-    half_width = stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * values.std(ddof=1) / np.sqrt(count)
-    return Estimate(mean, float(mean - half_width), float(mean + half_width), count)
 
 
 def score(returns: Float64[np.ndarray, "rows episodes"]) -> Scores:
