@@ -9,7 +9,7 @@ import numpy as np
 from ring_rl.agent.exorl import EpisodeSet
 from ring_rl.agent.hindsight import ChainConfig, sample_chain
 from ring_rl.agent.trajectory import Trajectory
-from ring_rl.kernels.layout import Layout, check_length, padded_length, to_layout
+from ring_rl.kernels.layout import Layout, check_length, padded_length
 from ring_rl.typing import Float32, Int32
 
 # numpy's where a batch is made, jax's where it is read.
@@ -80,10 +80,17 @@ class BatchLayout:
 
 
 class ChainSampler:
-    """Batches as a pure function of (seed, step): the data order needs no state to be resumed."""
+    """Chains by index, a `ring_rl.training.input.RowSource`: chain i is a pure function of (seed, i).
+
+    Args:
+        episodes: What chains are made of.
+        chain: How they are drawn.
+        batch: How long a padded chain must be.
+        seed: Of the draws.
+    """
 
     def __init__(self, episodes: EpisodeSet, chain: ChainConfig, batch: BatchLayout, *, seed: int):
-        self._episodes, self._chain, self._batch, self._seed = episodes, chain, batch, seed
+        self._episodes, self._chain, self._seed = episodes, chain, seed
         longest = max(trajectory.length for trajectory in episodes.trajectories)
         self._steps = batch.padded_steps(chain.trajectories * longest)
         # Too few episodes for a chain must be known before anything is compiled.
@@ -91,24 +98,15 @@ class ChainSampler:
 
     @property
     def steps(self) -> int:
-        """T, the columns of every batch, padding included."""
+        """T, the columns of every chain, padding included."""
         return self._steps
 
-    def batch_at(self, step: int) -> ChainBatch:
-        """The batch of training step `step`, the same at every call and in every process."""
-        generator = np.random.default_rng([self._seed, step])
-        rows = []
-        for _ in range(self._batch.batch_size):
-            chosen = sample_chain(generator, self._episodes.returns, self._chain)
-            trajectories = [self._episodes.trajectories[i] for i in chosen]
-            rows.append(chain_arrays(trajectories, steps=self._steps, loss_on_best=self._loss_on_best))
-        stacked = ChainBatch(*(np.stack(columns) for columns in zip(*rows, strict=True)))
-        ring = {"ring_size": self._batch.ring_size, "layout": self._batch.layout}
-        return ChainBatch(*(to_layout(x, axis=1, **ring) for x in stacked))
-
-    @property
-    def _loss_on_best(self) -> bool:
-        return self._chain.loss_on == "best"
+    def row(self, index: int) -> ChainBatch:
+        """Chain `index` without a batch axis, in natural order, padded to `steps`."""
+        generator = np.random.default_rng([self._seed, index])
+        chosen = sample_chain(generator, self._episodes.returns, self._chain)
+        trajectories = [self._episodes.trajectories[i] for i in chosen]
+        return chain_arrays(trajectories, steps=self._steps, loss_on_best=self._chain.loss_on == "best")
 
 
 def chain_arrays(

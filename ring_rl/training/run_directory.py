@@ -5,6 +5,8 @@
 <run>/checkpoints/    as `ring_rl.training.checkpoint` writes them
 <run>/plots/
 <run>/run.lock        held while a process has the run open
+
+Where several processes train together, the main one makes and locks the folder; it must lie where all of them see it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import yaml
 
 from ring_rl.atomic_file import write_whole
 from ring_rl.config import describe_differences
+from ring_rl.training.distributed import on_main_process
 
 __all__ = ["RunDirectory", "open_run_directory"]
 
@@ -38,7 +41,7 @@ class RunDirectory:
 
     path: pathlib.Path
     resumed: bool
-    _lock: IO[str]
+    _lock: IO[str] | None
 
     @property
     def metrics(self) -> pathlib.Path:
@@ -57,7 +60,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Give the lock back; another process may open the run."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -79,9 +83,29 @@ def open_run_directory(
 
     Raises:
         ValueError: the folder holds something else, or a run of another configuration (the differing keys are
-            listed), or another process has it open.
+            listed), or another process has it open; or it was made where this process does not see it.
     """
     path = pathlib.Path(path).absolute()
+    lock: IO[str] | None = None
+
+    def open_here() -> bool:
+        nonlocal lock
+        lock, resumed = _open_and_lock(path, resolved_config, may_differ)
+        return resumed
+
+    # The others hear of an error too, instead of waiting for a process that is gone.
+    resumed = on_main_process("open run directory", open_here)
+    if not path.is_dir():
+        raise ValueError(
+            f"the run folder {path} is not seen by every process; choose a run_dir on a shared file system"
+        )
+    return RunDirectory(path, resumed, lock)
+
+
+def _open_and_lock(
+    path: pathlib.Path, resolved_config: Mapping[str, Any], may_differ: tuple[str, ...]
+) -> tuple[IO[str], bool]:
+    """The held lock, and whether the folder held this run already."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"the run folder {path} is a file; choose another run_dir")
     if path.is_dir() and not (path / _CONFIG).exists() and (strange := _strangers(path)):
@@ -101,7 +125,7 @@ def open_run_directory(
         run.metrics.touch()
         run.checkpoints.mkdir(exist_ok=True)
         run.plots.mkdir(exist_ok=True)
-        return run
+        return lock, resumed
     except BaseException:
         lock.close()
         raise

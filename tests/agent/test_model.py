@@ -13,7 +13,8 @@ from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import BehaviourCloningConfig, make_model
 from ring_rl.agent.tokens import Normalisation, TokenLayout, fourier_features, tokens_per_step
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh
+from ring_rl.training.input import InputConfig, RowStream
+from ring_rl.training.mesh import MeshConfig, make_mesh
 from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
 from ring_rl.training.state import create_state
 from ring_rl.training.step import make_train_step
@@ -133,10 +134,18 @@ def losses(chains, dp, sp, config, steps=20):
     )
     graphdef, state = create_state(lambda rngs: make_model(config, rngs), optimizer, seed=0, mesh=mesh)
     step = make_train_step(make_action_loss(around), graphdef, optimizer, mesh, seed=0)
+    stream = RowStream(
+        sampler,
+        batch_size=8,
+        steps=steps,
+        mesh=mesh,
+        layout="zigzag",
+        ring_size=sp,
+        config=InputConfig(threads=1, prefetch_batches=1),
+    )
     curve = []
-    for s in range(steps):
-        batch = sampler.batch_at(s)
-        state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh, batch)))
+    for _ in range(steps):
+        state, metrics = step(state, next(stream))
         curve.append(float(metrics["loss"]))
     return curve
 

@@ -1,0 +1,237 @@
+"""One training run from its folder to its last checkpoint: what every task's entry point shares."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from ring_rl.atomic_file import write_whole
+from ring_rl.kernels.layout import Layout
+from ring_rl.training.checkpoint import Checkpointer
+from ring_rl.training.distributed import is_main_process
+from ring_rl.training.input import InputConfig, RowSource, RowStream
+from ring_rl.training.loop import LoopConfig, train
+from ring_rl.training.metrics import ConsoleWriter, JsonlWriter, MetricsWriter, WandbConfig, WandbWriter
+from ring_rl.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
+from ring_rl.training.plots import plot_learning_curve
+from ring_rl.training.run_directory import RunDirectory, open_run_directory
+from ring_rl.training.state import TrainState, create_state
+from ring_rl.training.step import LossFunction, compile_step, compiled_report, make_train_step
+
+__all__ = ["MAY_DIFFER", "RunConfig", "TrainingTask", "run_training"]
+
+# Dotted paths of an entry point's configuration that may change when a run goes on: where it lies and runs, how it
+# reports. Another mesh sums in another order, so it goes on with the same mathematics, not to the same bit.
+MAY_DIFFER = (
+    "run_dir",
+    "virtual_devices",
+    "mesh",
+    "parallel",
+    "accumulation_steps",
+    "distributed",
+    "input",
+    "dry_run",
+    "wandb",
+    "loop.log_every",
+    "loop.keep_checkpoints",
+    "loop.best_metric",
+    "loop.best_mode",
+    "loop.keep_best",
+    "loop.peak_flops_per_second",
+    "loop.profile",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingTask:
+    """What a task brings to a run.
+
+    Attributes:
+        make_model: builds the model from random streams.
+        model_config: the plain mapping that the model is built from; checkpoints carry it.
+        loss_function: of a global batch, as `make_train_step` takes it.
+        rows: makes the rows of a batch.
+        batch_size: rows of a global batch.
+        layout: the order that tokens lie in on the ring.
+        ring_size: devices that share one sequence.
+        extra: plain JSON that every checkpoint carries.
+    """
+
+    make_model: Callable[[nnx.Rngs], nnx.Module]
+    model_config: Mapping[str, Any]
+    loss_function: LossFunction
+    rows: RowSource
+    batch_size: int
+    layout: Layout
+    ring_size: int
+    extra: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How a task is trained, whatever it is.
+
+    Attributes:
+        run_dir: the run's folder; the same one again goes on.
+        seed: of the parameters and of the randomness inside the loss.
+        optimizer: see `OptimizerConfig`.
+        loop: see `LoopConfig`.
+        input: see `InputConfig`.
+        wandb: see `WandbConfig`.
+    """
+
+    run_dir: pathlib.Path
+    seed: int
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    input: InputConfig
+    wandb: WandbConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """What a run was, for a last line on the console.
+
+    Attributes:
+        parameters: numbers that were trained.
+        seconds: from the first compilation to the last checkpoint.
+        compiled: as from `compiled_report`.
+    """
+
+    parameters: int
+    seconds: float
+    compiled: Mapping[str, int]
+
+
+def run_training(
+    task: TrainingTask,
+    config: RunConfig,
+    *,
+    mesh: Mesh,
+    resolved: Mapping[str, Any],
+    may_differ: tuple[str, ...],
+    headline: str,
+) -> FinishedRun | None:
+    """Train until the last step, from the last checkpoint if the run folder has one.
+
+    All processes call it; the main one alone prints, logs and draws.
+
+    Args:
+        task: model, loss and rows.
+        config: everything else.
+        mesh: where the run computes.
+        resolved: the whole resolved configuration, kept in the run folder; another one is refused.
+        may_differ: dotted paths of it that may change when a run goes on.
+        headline: printed when the run folder is open.
+
+    Returns:
+        None where the run was complete already; its picture is drawn again.
+
+    Raises:
+        ValueError, OSError: see `open_run_directory`, `Checkpointer` and `train`.
+        TrainingInterrupted: stopped by a signal; the state is saved.
+    """
+    main = is_main_process()
+    stream = RowStream(
+        task.rows,
+        batch_size=task.batch_size,
+        steps=config.loop.steps,
+        mesh=mesh,
+        layout=task.layout,
+        ring_size=task.ring_size,
+        config=config.input,
+    )
+    optimizer = make_optimizer(config.optimizer, total_steps=config.loop.steps)
+    with (
+        contextlib.closing(stream),
+        open_run_directory(config.run_dir, resolved, may_differ=may_differ) as run,
+        Checkpointer(
+            run.checkpoints,
+            keep=config.loop.keep_checkpoints,
+            best=config.loop.best_checkpoints,
+            model_config=task.model_config,
+            extra=task.extra,
+        ) as checkpointer,
+    ):
+        _say(headline)
+        graphdef, state = create_state(task.make_model, optimizer, seed=config.seed, mesh=mesh)
+        recent_losses: list[float] = []
+        if checkpointer.latest_step() is not None:
+            state, metadata = checkpointer.restore_latest(state)
+            recent_losses = metadata.recent_losses
+            stream.restore(metadata.input_state or {})
+            _say(f"continues from step {int(state.step)} of {run.path}")
+        start, begin = int(state.step), time.perf_counter()
+        if start == config.loop.steps:
+            _draw(run)
+            _say(f"{run.path} is complete; raise loop.steps in a new run_dir to train for longer")
+            return None
+
+        # Batches are made while the step is compiled.
+        stream.start()
+        step = make_train_step(
+            task.loss_function,
+            graphdef,
+            optimizer,
+            mesh,
+            seed=config.seed,
+            learning_rate=lambda step: learning_rate_at(config.optimizer, step, config.loop.steps),
+        )
+        compiled = compile_step(step, state, stream.abstract_batch)
+        report = compiled_report(compiled)
+        if main:
+            write_whole(run.path / "compiled.json", json.dumps({"mesh": dict(mesh.shape), **report}, indent=2) + "\n")
+        with contextlib.ExitStack() as stack:
+            writers = _open_writers(stack, run, config, start=start, resolved=resolved) if main else []
+            state = train(
+                state=state,
+                step_function=compiled,
+                batches=stream,
+                config=config.loop,
+                checkpointer=checkpointer,
+                writers=writers,
+                run_folder=run.path,
+                recent_losses=recent_losses,
+                progress=main,
+            )
+        _draw(run)
+        return FinishedRun(_parameter_count(state), time.perf_counter() - begin, report)
+
+
+def _open_writers(
+    stack: contextlib.ExitStack, run: RunDirectory, config: RunConfig, *, start: int, resolved: Mapping[str, Any]
+) -> list[MetricsWriter]:
+    """Console, JSONL and wandb; each is closed with the stack, also when the next one cannot be opened."""
+    writers: list[MetricsWriter] = []
+    for make in (
+        ConsoleWriter,
+        lambda: JsonlWriter(run.metrics, resume_step=start),
+        lambda: WandbWriter(config.wandb, folder=run.path, run_config=resolved),
+    ):
+        writer = make()
+        stack.callback(writer.close)
+        writers.append(writer)
+    return writers
+
+
+def _parameter_count(state: TrainState) -> int:
+    return sum(x.size for x in jax.tree.leaves(state.parameters))
+
+
+def _draw(run: RunDirectory) -> None:
+    if is_main_process():
+        plot_learning_curve(run.metrics, run.plots / "learning_curve.png")
+
+
+def _say(line: str) -> None:
+    if is_main_process():
+        print(line, flush=True)
