@@ -169,24 +169,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, batch: PyTree[Any]) -> PyTree[NamedSharding]:
+def batch_sharding(mesh: Mesh, batch: PyTree[Any], *, accumulation_steps: int = 1) -> PyTree[NamedSharding]:
     """The sharding of each leaf of a batch: [B, T, ...] by (("dp", "fsdp"), "sp"), [B] by ("dp", "fsdp").
 
     Scalars are replicated, and so is everything over "tp".
 
+    Args:
+        mesh: as from `make_mesh`.
+        batch: arrays or abstract values.
+        accumulation_steps: microbatches that the rows of every device will be cut into; for the check only.
+
     Raises:
         ValueError: the batch or the sequence length is not divisible by its mesh axes.
     """
-    rules = (("batch size", BATCH_AXES), ("sequence length", (SEQUENCE_AXIS,)))
+    rows = {axis: mesh.shape[axis] for axis in BATCH_AXES}
+    if accumulation_steps > 1:
+        rows["accumulation_steps"] = accumulation_steps
+    rules = (("batch size", rows), ("sequence length", {SEQUENCE_AXIS: mesh.shape[SEQUENCE_AXIS]}))
 
     def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        for length, (what, axes) in zip(np.shape(leaf), rules, strict=False):
-            size = math.prod(mesh.shape[axis] for axis in axes)
+        for length, (what, sizes) in zip(np.shape(leaf), rules, strict=False):
+            size = math.prod(sizes.values())
             if length % size:
-                split = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+                product = " x ".join(f"{name}={value}" for name, value in sizes.items())
                 raise ValueError(
-                    f"{what} {length} of batch{jax.tree_util.keystr(path)} is not divisible by the mesh axis "
-                    f"{split}; pad it to {-(-length // size) * size}"
+                    f"{what} {length} of batch{jax.tree_util.keystr(path)} is not divisible by {product}; "
+                    f"pad it to {-(-length // size) * size}"
                 )
         return NamedSharding(mesh, PartitionSpec(*(BATCH_AXES, SEQUENCE_AXIS)[: min(np.ndim(leaf), 2)]))
 

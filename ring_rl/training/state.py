@@ -13,9 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ring_rl.training.mesh import replicated
-from ring_rl.typing import Array, Int32, PyTree
+from ring_rl.training.sharding import optimizer_shardings, parameter_shardings
+from ring_rl.typing import Array, Int32, PRNGKeyArray, PyTree
 
-__all__ = ["TrainState", "create_state"]
+__all__ = ["TrainState", "abstract_state", "create_state", "state_shardings"]
 
 
 @jax.tree_util.register_dataclass
@@ -41,28 +42,71 @@ def create_state(
     seed: int,
     mesh: Mesh,
 ) -> tuple[Any, TrainState]:
-    """Initialise a model and its optimizer on the mesh, under jit, replicated on every device.
+    """Initialise a model and its optimizer on the mesh, under jit: each device makes only what it holds.
 
     Args:
         make_model: builds the model from random streams. It must hold `nnx.Param`s only: a model that kept
             random state or running averages would not be a pure function of the checkpoint.
         optimizer: as from `make_optimizer`.
         seed: the initial parameters are a function of it alone, whatever the mesh.
-        mesh: where the state lives.
+        mesh: where the state lives, sharded as `state_shardings` says.
 
     Returns:
         The model's static `nnx.GraphDef`, for `nnx.merge(graphdef, state.parameters)`, and the state.
+
+    Raises:
+        ValueError: the model holds state that is no parameter or parameters below float32, or the mesh cannot
+            shard it (`parameter_shardings`).
     """
-    # Training folds steps into key(seed) itself; a split keeps the initialisation apart from step 0's noise.
-    init_key, _ = jax.random.split(jax.random.key(seed))
-    abstract_model = nnx.eval_shape(lambda: make_model(nnx.Rngs(init_key)))
-    graphdef, _, others = nnx.split(abstract_model, nnx.Param, ...)
+    graphdef, abstract = abstract_state(make_model, optimizer, mesh=mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    initialise = jax.jit(lambda key: _initialise(make_model, optimizer, key), out_shardings=shardings)
+    return graphdef, initialise(_init_key(seed))
+
+
+def abstract_state(
+    make_model: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, *, mesh: Mesh
+) -> tuple[Any, TrainState]:
+    """What `create_state` returns, with `jax.ShapeDtypeStruct`s and their shardings in place of arrays.
+
+    Nothing is allocated: a step can be compiled for a model that this machine could not hold.
+    """
+    abstract_model = nnx.eval_shape(lambda: make_model(nnx.Rngs(_init_key(0))))
+    graphdef, parameters, others = nnx.split(abstract_model, nnx.Param, ...)
     if jax.tree.leaves(others):
         paths = ", ".join(sorted(".".join(map(str, path)) for path in nnx.to_flat_state(others).paths))
         raise ValueError(f"the model holds state that is no parameter ({paths}); pass it through the batch or the key")
+    for path, parameter in nnx.to_flat_state(parameters):
+        if jnp.issubdtype(parameter.dtype, jnp.floating) and jnp.finfo(parameter.dtype).bits < 32:
+            raise ValueError(
+                f"parameter {'.'.join(map(str, path))} is {parameter.dtype}, in which small updates vanish; keep "
+                f"parameters in float32 and let the model compute in {parameter.dtype}"
+            )
+    state = jax.eval_shape(lambda: _initialise(make_model, optimizer, _init_key(0)))
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_shardings(mesh, optimizer, state),
+    )
+    return graphdef, placed
 
-    def initialise(key: Array) -> TrainState:
-        parameters = nnx.state(make_model(nnx.Rngs(key)), nnx.Param)
-        return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
 
-    return graphdef, jax.jit(initialise, out_shardings=replicated(mesh))(init_key)
+def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, state: TrainState) -> TrainState:
+    """The sharding of every array of the state, by the rules of `ring_rl.training.sharding`."""
+    return TrainState(
+        step=replicated(mesh),  # pyright: ignore[reportArgumentType]
+        parameters=parameter_shardings(mesh, state.parameters),
+        optimizer_state=optimizer_shardings(mesh, optimizer, state.optimizer_state, state.parameters),
+    )
+
+
+def _init_key(seed: int) -> PRNGKeyArray:
+    # Training folds steps into key(seed) itself; a split keeps the initialisation apart from step 0's noise.
+    return jax.random.split(jax.random.key(seed))[0]
+
+
+def _initialise(
+    make_model: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, key: PRNGKeyArray
+) -> TrainState:
+    parameters = nnx.state(make_model(nnx.Rngs(key)), nnx.Param)
+    return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))

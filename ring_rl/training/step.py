@@ -14,7 +14,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ring_rl.training.mesh import batch_sharding, replicated
-from ring_rl.training.state import TrainState
+from ring_rl.training.microbatches import sum_over_microbatches
+from ring_rl.training.sharding import parameter_shardings
+from ring_rl.training.state import TrainState, state_shardings
 from ring_rl.typing import Array, Float32, PRNGKeyArray, PyTree
 
 __all__ = ["Loss", "LossFunction", "TrainStep", "compile_step", "compiled_report", "make_train_step"]
@@ -63,6 +65,7 @@ def make_train_step(
     mesh: Mesh,
     *,
     seed: int,
+    accumulation_steps: int = 1,
     learning_rate: Callable[[Array], Float32[Array, ""]] | None = None,
 ) -> TrainStep:
     """Build `step(state, batch) -> (state, metrics)`, jitted over the mesh, with the state donated.
@@ -72,30 +75,51 @@ def make_train_step(
     are the loss function's own, and `loss`, `loss_weight`, `gradient_norm` (before clipping) and, where the
     schedule is given, `learning_rate`. Step s draws its randomness from fold_in(key(seed), s).
 
+    With k accumulation steps each device cuts its own rows into k microbatches, which run one after another in
+    the memory of one. Totals, weights and gradients of the totals are summed in float32 and divided once, so the
+    result is that of k = 1 up to rounding, however unevenly the weights fall. Microbatch i draws from the step's
+    key folded with i.
+
     Args:
         loss_function: called as `loss_function(model, batch, key)`.
         graphdef: the model's static part, from `create_state`.
         optimizer: the one that `create_state` initialised.
-        mesh: the mesh that the state and the batches lie on.
+        mesh: the mesh that the state and the batches lie on. The new state is sharded by `state_shardings`.
         seed: of the randomness inside the loss function.
+        accumulation_steps: k; the rows of each device must be divisible by it.
         learning_rate: the schedule, a function of the step, for reporting only.
 
     Raises:
-        ValueError: at the first call, when a metric of the loss function takes one of the names above.
+        ValueError: accumulation_steps is below 1; or, at the first call, a batch is not divisible by the mesh and
+            the accumulation steps, or a metric of the loss function takes one of the names above.
     """
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}; 1 accumulates nothing")
 
     def step_function(state: TrainState, batch: PyTree[Any]) -> tuple[TrainState, dict[str, Array]]:
-        batch = jax.lax.with_sharding_constraint(batch, batch_sharding(mesh, batch))
+        batch_shardings = batch_sharding(mesh, batch, accumulation_steps=accumulation_steps)
+        batch = jax.lax.with_sharding_constraint(batch, batch_shardings)
+        gradient_shardings = parameter_shardings(mesh, state.parameters)
+
+        def gradient_of_total(batch: Any, key: PRNGKeyArray) -> tuple[Any, Loss]:
+            def total_loss(parameters: Any) -> tuple[Array, Loss]:
+                loss = loss_function(nnx.merge(graphdef, parameters), batch, key)
+                return loss.total, loss
+
+            gradients, loss = jax.grad(total_loss, has_aux=True)(state.parameters)
+            # Said here, each gradient is scattered as soon as it is known, and none is ever whole on a device.
+            return jax.lax.with_sharding_constraint(gradients, gradient_shardings), loss
+
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-
-        def mean_loss(parameters: Any) -> tuple[Array, Loss]:
-            loss = loss_function(nnx.merge(graphdef, parameters), batch, key)
-            return _mean(loss.total, jax.lax.stop_gradient(loss.weight)), loss
-
-        (mean, loss), gradients = jax.value_and_grad(mean_loss, has_aux=True)(state.parameters)
+        gradient_sums, loss = sum_over_microbatches(gradient_of_total, batch, key, mesh=mesh, steps=accumulation_steps)
+        gradients = jax.tree.map(lambda total: _mean(total, loss.weight), gradient_sums)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        metrics = {"loss": mean, "loss_weight": loss.weight, "gradient_norm": optax.tree.norm(gradients)}
+        metrics = {
+            "loss": _mean(loss.total, loss.weight),
+            "loss_weight": loss.weight,
+            "gradient_norm": optax.tree.norm(gradients),
+        }
         if learning_rate is not None:
             metrics["learning_rate"] = learning_rate(state.step)
         if taken := sorted(metrics.keys() & loss.metrics.keys()):
@@ -103,8 +127,33 @@ def make_train_step(
         metrics |= {name: _mean(total, weight) for name, (total, weight) in loss.metrics.items()}
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
-    # Without out_shardings XLA is free to leave a parameter sharded, and the next call would compile again.
-    return jax.jit(step_function, donate_argnums=0, out_shardings=replicated(mesh))
+    return _ShardedStep(step_function, optimizer, mesh)
+
+
+class _ShardedStep:
+    """`jax.jit` of a step, whose out_shardings follow from the first state it sees.
+
+    Without them XLA is free to lay a parameter out in another way, and the next call would compile again.
+    """
+
+    def __init__(self, step_function: Callable[..., Any], optimizer: optax.GradientTransformation, mesh: Mesh):
+        self._step_function, self._optimizer, self._mesh = step_function, optimizer, mesh
+
+    def __call__(self, state: TrainState, batch: Any, /) -> tuple[TrainState, dict[str, Array]]:
+        return self._jitted(state)(state, batch)
+
+    def lower(self, state: Any, batch: Any, /) -> jax.stages.Lowered:
+        return self._jitted(state).lower(state, batch)
+
+    def _jitted(self, state: TrainState) -> Any:
+        if self._step is None:
+            shardings = state_shardings(self._mesh, self._optimizer, state)
+            self._step = jax.jit(
+                self._step_function, donate_argnums=0, out_shardings=(shardings, replicated(self._mesh))
+            )
+        return self._step
+
+    _step: Any = None
 
 
 def compile_step(step: TrainStep, state: Any, batch: Any) -> jax.stages.Compiled:

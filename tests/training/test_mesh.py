@@ -150,10 +150,10 @@ def test_each_device_receives_its_shard_only():
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3, 8), "batch size 3 of batch['tokens'] is not divisible by the mesh axis dp=2 x fsdp=2; pad it to 4"),
+        ((3, 8), "batch size 3 of batch['tokens'] is not divisible by dp=2 x fsdp=2; pad it to 4"),
         (
             (4, 9),
-            "sequence length 9 of batch['tokens'] is not divisible by the mesh axis sp=2; pad it to 10",
+            "sequence length 9 of batch['tokens'] is not divisible by sp=2; pad it to 10",
         ),
     ],
 )
