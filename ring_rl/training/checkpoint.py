@@ -18,9 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 import ring_rl
 from ring_rl.config import describe_differences
@@ -36,6 +34,7 @@ from ring_rl.training.checkpoint_format import (
     whole_steps,
 )
 from ring_rl.training.disk_full import EchoSilencer, means_no_space
+from ring_rl.training.distributed import on_main_process
 from ring_rl.training.named_arrays import (
     abstract_arrays,
     described_arrays,
@@ -105,11 +104,14 @@ class Checkpointer:
 
     def latest_step(self) -> int | None:
         """The newest step that lies whole on disk, or None; all processes ask, and get the same answer."""
-        return _agreed(max(whole_steps(self.folder), default=None))
+        return on_main_process("latest_step", lambda: max(whole_steps(self.folder), default=None))
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint that is whole on disk, or None; all processes get the same answer."""
-        return _agreed(None if self._best is None else best_step(self.folder, self._best.metric, self._best.mode))
+        best = self._best
+        if best is None:
+            return None
+        return on_main_process("best_step", lambda: best_step(self.folder, best.metric, best.mode))
 
     def save(
         self,
@@ -135,7 +137,8 @@ class Checkpointer:
         """
         self.wait()
         step = int(state.step)
-        if _agreed(int(step in whole_steps(self.folder))):
+        # What another process sees of a shared disk may lag behind.
+        if on_main_process("saved_already", lambda: step in whole_steps(self.folder)):
             return False
         metadata = CheckpointMetadata(
             format_version=FORMAT_VERSION,
@@ -230,7 +233,8 @@ class Checkpointer:
         except Exception as error:
             if not means_no_space(error):
                 raise
-            latest = self.latest_step()
+            # This process's own view: the others may not have met the error.
+            latest = max(whole_steps(self.folder), default=None)
             left = "none was saved before" if latest is None else f"that of step {latest} is intact"
             raise OSError(
                 errno.ENOSPC,
@@ -257,11 +261,3 @@ def _training_part(state: TrainState) -> dict[str, Any]:
 
 def _restore_as(tree: PyTree[jax.ShapeDtypeStruct]) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
-
-
-def _agreed(number: int | None) -> int | None:
-    """The first process's number, in all processes: what one of them sees of a shared disk may lag behind."""
-    if jax.process_count() == 1:
-        return number
-    shared = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number)))
-    return None if shared == -1 else shared

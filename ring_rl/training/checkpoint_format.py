@@ -30,6 +30,7 @@ __all__ = [
     "BestCheckpoints",
     "CheckpointMetadata",
     "best_step",
+    "load_arrays",
     "load_for_evaluation",
     "opened_reader",
     "read_metadata",
@@ -128,13 +129,19 @@ def load_for_evaluation(
     checkpoint = folder / str(step)
     metadata = read_metadata(checkpoint, formats=_FORMATS_WITH_PARAMETERS)
     with opened_reader(checkpoint) as reader:
-        tree = saved_tree(reader, checkpoint, "parameters")
-        # Without a type asked for, the arrays would come back on the devices that they were saved from.
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        restored = reader.restore(
-            checkpoint, args=ocp.args.Composite(parameters=ocp.args.PyTreeRestore(restore_args=as_numpy))
-        )
-    return metadata, with_integer_keys(restored["parameters"])
+        parameters = _read_arrays(reader, checkpoint, "parameters")["parameters"]
+    return metadata, with_integer_keys(parameters)
+
+
+def load_arrays(folder: pathlib.Path, *, step: int) -> PyTree[np.ndarray]:
+    """Every array of a checkpoint as numpy arrays, the optimizer's too, in nested dicts: to compare two runs.
+
+    Raises:
+        ValueError: the checkpoint cannot be read.
+    """
+    checkpoint = pathlib.Path(folder).absolute() / str(step)
+    with opened_reader(checkpoint) as reader:
+        return _read_arrays(reader, checkpoint, "parameters", "training")
 
 
 def whole_steps(folder: pathlib.Path) -> list[int]:
@@ -186,6 +193,17 @@ def read_metadata(checkpoint: pathlib.Path, *, formats: tuple[int, ...]) -> Chec
         )
     added_in_2 = {"input_state": None, "recent_losses": [], "best": None}
     return CheckpointMetadata(**(added_in_2 | mapping))
+
+
+def _read_arrays(reader: ocp.Checkpointer, checkpoint: pathlib.Path, *items: str) -> dict[str, PyTree[np.ndarray]]:
+    as_numpy = {}
+    for item in items:
+        tree = saved_tree(reader, checkpoint, item)
+        # Without a type asked for, the arrays would come back on the devices that they were saved from.
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        as_numpy[item] = ocp.args.PyTreeRestore(restore_args=restore_args)
+    restored = reader.restore(checkpoint, args=ocp.args.Composite(**as_numpy))
+    return {item: restored[item] for item in items}
 
 
 def saved_tree(reader: ocp.Checkpointer, checkpoint: pathlib.Path, item: str) -> PyTree[Any]:

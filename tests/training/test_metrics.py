@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from ring_rl.training.metrics import ConsoleWriter, JsonlWriter, WandbConfig, WandbWriter, read_metrics
+from ring_rl.training.metrics import (
+    ConsoleWriter,
+    JsonlWriter,
+    WandbConfig,
+    WandbWriter,
+    read_metrics,
+    without_performance,
+)
 
 
 def write_steps(path, steps, *, resume_step: int = 0) -> None:
@@ -85,9 +92,14 @@ def test_a_full_disk_names_the_file(tmp_path):
 def test_console_prints_one_line_a_step():
     stream = io.StringIO()
     writer = ConsoleWriter(Console(file=stream, width=40))
-    writer.write(7, {"loss": 0.123456789, "evaluation/return": 12.0, "[bold]": 1.0})
+    writer.write(7, {"loss": 0.123456789, "evaluation/return": 12.0, "[bold]": 1.0, "performance/input_wait": 0.25})
     writer.close()
-    assert stream.getvalue() == "step       7  loss 0.12346  evaluation/return 12  [bold] 1\n"
+    assert stream.getvalue() == "step       7  loss 0.12346  evaluation/return 12  [bold] 1  input_wait 0.25\n"
+
+
+def test_what_the_machine_did_can_be_left_out():
+    record = {"step": 1, "loss": 2.0, "performance/steps_per_second": 3.0, "evaluation/performance": 4.0}
+    assert without_performance(record) == {"step": 1, "loss": 2.0, "evaluation/performance": 4.0}
 
 
 def test_disabled_wandb_is_not_even_imported(tmp_path):

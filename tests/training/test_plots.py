@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from ring_rl.training.plots import plot_learning_curve
+from ring_rl.training.plots import RUN_PANELS, plot_learning_curve, plot_run
 
 
 def write_run(folder, losses):
@@ -38,6 +38,24 @@ def test_a_single_point_is_visible(tmp_path):
     out = tmp_path / "one.svg"
     plot_learning_curve(write_run(tmp_path / "a", [2.0]), out)
     assert "<use" in out.read_text().split('id="line2d_')[-1]
+
+
+def test_a_run_at_a_glance_has_a_panel_for_each_metric_it_recorded(tmp_path):
+    names = list(RUN_PANELS)
+    path = tmp_path / "metrics.jsonl"
+    # The first record has no rates yet; the last metric is never reported, as on a CPU.
+    records = [
+        {"step": step} | {name: float(step) for name in (names[:3] if step == 1 else names[:5])} for step in (1, 2, 3)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    plot_run(path, tmp_path / "plots" / "run.svg")
+    drawn = (tmp_path / "plots" / "run.svg").read_text()
+    titles = [RUN_PANELS[name] for name in names]
+    # Matplotlib writes the text beside the glyphs that it draws.
+    assert [title for title in titles if f"<!-- {title} -->" in drawn] == titles[:5]
+    path.write_text('{"step": 1, "evaluation/return": 3.0}\n')
+    with pytest.raises(ValueError, match="holds none of loss, gradient_norm"):
+        plot_run(path, tmp_path / "run.png")
 
 
 def test_bad_input_is_named(tmp_path):
