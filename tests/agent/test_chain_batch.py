@@ -3,7 +3,6 @@ import pytest
 
 from ring_rl.agent.chain_batch import BatchLayout, ChainBatch, ChainSampler, chain_arrays, empty_batch
 from ring_rl.agent.hindsight import ChainConfig
-from ring_rl.kernels.layout import permutation
 
 
 def sampler(episodes, *, ring_size=1, layout="zigzag", pad_to_ring=True, trajectories=3, loss_on="all", seed=0):
@@ -54,28 +53,30 @@ def test_a_missed_target_is_not_completed(chains):
     assert missed.completions.sum() == 0
 
 
-def test_batches_depend_on_seed_and_step_alone(chains):
+@pytest.mark.parametrize("index", [0, 5, 2**40])
+def test_a_row_depends_on_seed_and_index_alone(chains, index):
     episodes = chains.episode_set(8)
     first, again = sampler(episodes), sampler(episodes)
-    first.batch_at(0)  # asking for other batches changes nothing
-    for a, b in zip(first.batch_at(5), again.batch_at(5), strict=True):
+    first.row(3)  # asking for other rows changes nothing
+    for a, b in zip(first.row(index), again.row(index), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(first.batch_at(5).actions, first.batch_at(6).actions)
-    assert not np.array_equal(first.batch_at(5).actions, sampler(episodes, seed=1).batch_at(5).actions)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
-def test_the_ring_gets_the_same_batch_permuted_and_padded(chains, layout):
-    episodes = chains.episode_set(8)  # 3 x 10 steps: a ring of 4 needs 32
-    whole = sampler(episodes).batch_at(3)
-    sharded = sampler(episodes, ring_size=4, layout=layout).batch_at(3)
-    order = permutation(32, ring_size=4, layout=layout)
-    for name, a, b in zip(ChainBatch._fields, whole, sharded, strict=True):
-        assert b.shape[1] == 32
-        natural = b[:, np.argsort(order)]
-        np.testing.assert_array_equal(natural[:, :30], a, err_msg=name)
-    np.testing.assert_array_equal(sharded.positions[0], order)
-    assert sharded.loss_weights.sum() == 60
+def test_rows_differ_by_index_and_by_seed(chains):
+    episodes = chains.episode_set(8)
+    rows = [sampler(episodes, seed=seed).row(index).actions for seed in (0, 1) for index in range(8)]
+    assert len({row.tobytes() for row in rows}) > 12  # of 16; few chains are equal by chance
+
+
+def test_the_ring_gets_the_same_row_padded(chains):
+    episodes = chains.episode_set(8)  # 3 x 10 steps: a zigzag ring of 4 needs 32
+    whole, padded = sampler(episodes), sampler(episodes, ring_size=4)
+    assert padded.steps == 32
+    for name, a, b in zip(ChainBatch._fields, whole.row(3), padded.row(3), strict=True):
+        assert len(b) == 32
+        np.testing.assert_array_equal(b[:30], a, err_msg=name)
+    np.testing.assert_array_equal(padded.row(3).positions, np.arange(32))
+    assert padded.row(3).loss_weights.sum() == 30
 
 
 def test_without_padding_an_indivisible_chain_is_refused(chains):
@@ -89,7 +90,8 @@ def test_too_few_episodes_are_refused_before_training(chains):
 
 
 def test_empty_batch_has_the_shapes_of_a_real_one(chains):
-    real = sampler(chains.episode_set(8)).batch_at(0)
+    row = sampler(chains.episode_set(8)).row(0)
+    real = ChainBatch(*(np.stack([x, x]) for x in row))
     empty = empty_batch(batch_size=2, steps=30, observation_dim=3, action_dim=2)
     for a, b in zip(real, empty, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
