@@ -1,11 +1,16 @@
 """Where a number came from: the commit, the device and the versions that made it."""
 
+import contextlib
+import json
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
+
+_STARTS = "starts.jsonl"
 
 
 def git_commit() -> str | None:
@@ -35,3 +40,31 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or "unknown processor"
+
+
+def record_start(folder: Path, step: int) -> None:
+    """Append to a run's `starts.jsonl` from which step, commit, devices and versions it goes on."""
+    start = {
+        "step": step,
+        "commit": git_commit(),
+        "device": device_description(),
+        "versions": versions("ring_rl", "jax", "flax", "optax"),
+    }
+    file = folder / _STARTS
+    # A line that a crash tore must not swallow this one.
+    torn = file.exists() and not file.read_bytes().endswith(b"\n")
+    with file.open("a") as stream:
+        stream.write("\n" * torn + json.dumps(start) + "\n")
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """What `record_start` wrote, in order; empty where a run recorded nothing. Torn lines are left out."""
+    file = folder / _STARTS
+    if not file.exists():
+        return []
+    starts = []
+    for line in file.read_text(errors="replace").splitlines():
+        # The next start stands behind a torn line, so it may be any of them.
+        with contextlib.suppress(json.JSONDecodeError):
+            starts.append(json.loads(line))
+    return starts
