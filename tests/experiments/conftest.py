@@ -1,5 +1,6 @@
 """Entry points called in this process, with a small made-up data set in ExoRL's layout."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -55,18 +56,28 @@ def data_root(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def call_script():
-    """`call_script("train_agent", *overrides)`: the script's main function on a composed configuration."""
-    modules = {}
+def load_script():
+    """`load_script("train_agent")`: the script as a module, each once."""
 
-    def call(name, *overrides):
-        if name not in modules:
-            spec = importlib.util.spec_from_file_location(name, REPOSITORY / "experiments" / f"{name}.py")
-            modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(modules[name])
+    @functools.cache
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, REPOSITORY / "experiments" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def call_script(load_script):
+    """`call_script("train_agent", *overrides)`: the script's main function on a composed configuration."""
+
+    def call(name, *overrides, config_name=None):
+        script = load_script(name)
         with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-            cfg = compose(name, overrides=list(overrides))
-        modules[name].main.__wrapped__(cfg)
+            cfg = compose(config_name or name, overrides=list(overrides))
+        script.main.__wrapped__(cfg)
 
     return call
 
