@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
+from ring_rl.nn.logical_axes import named
 from ring_rl.training.mesh import MeshConfig, make_mesh, shard_batch
 from ring_rl.training.state import create_state
 from ring_rl.training.step import Loss, compile_step, compiled_report, make_train_step
@@ -171,3 +177,89 @@ def test_report_counts_the_hops_of_a_ring(hops):
     assert report["argument_bytes"] >= shard_bytes + parameter_bytes
     assert report["peak_bytes"] > 0
     assert report["temporary_bytes"] > 0
+
+
+class Wide(nnx.Module):
+    """Computes in bfloat16 with float32 parameters, named so that fsdp and tp shard them."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(
+            3, 256, kernel_metadata=named(None, "hidden"), bias_metadata=named("hidden"), dtype=jnp.bfloat16, rngs=rngs
+        )
+        self.square = nnx.Linear(
+            256, 256, kernel_metadata=named("hidden", "width"), use_bias=False, dtype=jnp.bfloat16, rngs=rngs
+        )
+        self.out = nnx.Linear(256, 1, kernel_metadata=named("width", None), dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, inputs_BTF: jax.Array) -> jax.Array:
+        hidden = nnx.tanh(self.square(nnx.tanh(self.hidden(inputs_BTF))))
+        return self.out(hidden)[..., 0].astype(jnp.float32)
+
+
+def wide_step(optimizer: optax.GradientTransformation, *, dp: int = 1, fsdp: int = 1, tp: int = 1):
+    mesh = make_mesh(MeshConfig(dp=dp, fsdp=fsdp, tp=tp, sp=1))
+    graphdef, state = create_state(Wide, optimizer, seed=0, mesh=mesh)
+    step = make_train_step(squared_error, graphdef, optimizer, mesh, seed=0, accumulation_steps=2)
+    batch = {name: np.repeat(values, 4, axis=0) for name, values in make_batch(0).items()}
+    return step, state, shard_batch(mesh, batch)
+
+
+def test_shardings_are_kept_and_the_step_compiles_once():
+    step, state, batch = wide_step(optax.adam(1e-3), fsdp=4, tp=2)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    assert state.parameters["square"]["kernel"].get_value().addressable_shards[0].data.shape == (128, 64)
+    with count_compilations() as compilations:
+        for _ in range(3):
+            state, metrics = step(state, batch)
+    assert compilations == ["step_function"]
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+    assert all(metric.sharding.is_fully_replicated for metric in metrics.values())
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[list[str]]:
+    """The names of the jitted functions that are compiled inside."""
+    names, logger = [], logging.getLogger("jax._src.interpreters.pxla")
+
+    class Names(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if found := re.match(r"Compiling (?:jit\()?(\w+)", record.getMessage()):
+                names.append(found.group(1))
+
+    handler = Names()
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_fsdp_gathers_parameters_and_holds_an_eighth_of_the_state():
+    reports, texts = {}, {}
+    for name, sizes in {"dp": {"dp": 8}, "fsdp": {"fsdp": 8}}.items():
+        compiled = compile_step(*wide_step(optax.adam(1e-3), **sizes))
+        reports[name], texts[name] = compiled_report(compiled), compiled.as_text() or ""
+    assert "all-gather" in texts["fsdp"]
+    assert "all-gather" not in texts["dp"]
+    # Gradients are summed over the batch's shards; where the backend has no reduce-scatter, in full.
+    assert re.search(r"reduce-scatter|all-reduce", texts["fsdp"])
+    whole = 4 * (256 * 256 + 3 * 256 + 256 + 256)
+    held = {name: report["argument_bytes"] for name, report in reports.items()}
+    assert held["dp"] > 3 * whole
+    assert held["dp"] - held["fsdp"] > 0.95 * 3 * (256 * 256 * 4) * 7 / 8
+
+
+def test_gradients_and_moments_are_float32_where_the_model_computes_in_bfloat16():
+    seen = []
+
+    def record(updates, state, parameters=None):
+        del parameters
+        seen.extend(leaf.dtype for leaf in jax.tree.leaves(updates))
+        return updates, state
+
+    optimizer = optax.chain(optax.GradientTransformation(lambda _: optax.EmptyState(), record), optax.adam(1e-3))
+    step, state, batch = wide_step(optimizer)
+    state, metrics = step(state, batch)
+    floating = [x.dtype for x in jax.tree.leaves((state, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert set(seen) == set(floating) == {jnp.dtype(jnp.float32)}
