@@ -212,3 +212,14 @@ def test_a_ring_on_a_cpu_goes_a_few_heads_at_a_time():
     block = select_block("auto", demand(devices=4), block_size=8)
     assert block.heads_at_once is not None
     assert block.prefers_positions
+
+
+@pytest.mark.parametrize(
+    "cut", [{"segments": True}, {"relations": (Relation(Mask(causal=True, window=8)),)}], ids=["segments", "window"]
+)
+def test_a_ring_on_a_cpu_takes_smaller_tiles_where_something_ends_inside_them(cut):
+    whole = select_block("auto", demand(devices=4), block_size=None)
+    assert isinstance(whole, XlaBlock)
+    ragged = select_block("auto", dataclasses.replace(demand(devices=4), **cut), block_size=None)
+    assert isinstance(ragged, XlaBlock)
+    assert ragged.block_size < whole.block_size

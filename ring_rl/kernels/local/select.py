@@ -13,9 +13,11 @@ from ring_rl.kernels.local.xla import XlaBlock
 _log = logging.getLogger(__name__)
 
 # Largest edge of a tile of scores. On a CPU a ring has a thread for each device: one head's tile, 256 KiB, stays in a
-# core's cache. A device alone has all cores: as many heads as cores and larger tiles are what XLA divides among them.
+# core's cache; and where windows or documents end in the midst of tiles, smaller ones waste less on what is hidden.
+# A device alone has all cores: as many heads as cores and larger tiles are what XLA divides among them.
 BLOCK_SIZE = 512
 RING_BLOCK_SIZE_ON_CPU = 256
+CUT_RING_BLOCK_SIZE_ON_CPU = 128
 
 # The first that does not refuse runs. XLA serves every demand on every platform.
 _PREFERRED: dict[str, tuple[LocalName, ...]] = {"gpu": ("cudnn", "xla"), "tpu": ("pallas_tpu", "xla")}
@@ -30,8 +32,10 @@ def block_named(name: LocalName, demand: Demand, *, block_size: int | None) -> L
     if name == "xla":
         if jax.default_backend() == "cpu":
             alone = demand.devices == 1
+            cut = demand.segments or any(relation.mask.window is not None for relation in demand.relations)
+            in_ring = CUT_RING_BLOCK_SIZE_ON_CPU if cut else RING_BLOCK_SIZE_ON_CPU
             return XlaBlock(
-                block_size=block_size or (BLOCK_SIZE if alone else RING_BLOCK_SIZE_ON_CPU),
+                block_size=block_size or (BLOCK_SIZE if alone else in_ring),
                 heads_at_once=(os.cpu_count() or 1) if alone else 1,
                 prefers_positions=True,
             )
