@@ -2,15 +2,15 @@
 
 from functools import partial
 
-import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from ring_rl.kernels.attention import attention
 from ring_rl.kernels.decode import decode_attention
-from ring_rl.kernels.mask import CAUSAL
+from ring_rl.kernels.mask import Mask
 from ring_rl.nn.kv_cache import LayerCache
 from ring_rl.nn.logical_axes import named
-from ring_rl.nn.parallel import SequenceParallel
+from ring_rl.nn.parallel import LocalParallel
 from ring_rl.nn.rotary import rotate
 from ring_rl.typing import Array, Float, Int
 
@@ -18,8 +18,8 @@ from ring_rl.typing import Array, Float, Int
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions.
 
-    Training runs ring attention over the sequence axis of the mesh; a ring of one device is the ordinary
-    blockwise kernel. Decoding runs the new tokens against a cache and gives the same numbers.
+    Training runs on each device's tokens and heads, which meet those of other devices by the strategy of the mesh.
+    Decoding runs the new tokens against a cache and gives the same numbers.
     """
 
     def __init__(
@@ -30,40 +30,43 @@ class Attention(nnx.Module):
         key_value_heads: int,
         head_dim: int,
         rotary_base: float,
+        window: int | None,
         block_size: int,
+        dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.query_heads, self.key_value_heads, self.head_dim = query_heads, key_value_heads, head_dim
-        self.rotary_base, self.block_size = rotary_base, block_size
+        self.head_dim, self.rotary_base, self.block_size = head_dim, rotary_base, block_size
+        self.mask = Mask(causal=True, window=window)
+        projection = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
         inwards, outwards = named("width", "heads"), named("heads", "width")
-        projection = partial(nnx.Linear, use_bias=False, rngs=rngs)
         self.query = projection(width, query_heads * head_dim, kernel_metadata=inwards)
         self.key = projection(width, key_value_heads * head_dim, kernel_metadata=inwards)
         self.value = projection(width, key_value_heads * head_dim, kernel_metadata=inwards)
         self.out = projection(query_heads * head_dim, width, kernel_metadata=outwards)
 
     def __call__(
-        self, x: Float[Array, "B T M"], positions: Int[Array, "B T"], parallel: SequenceParallel
+        self,
+        x: Float[Array, "B T M"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        parallel: LocalParallel,
     ) -> Float[Array, "B T M"]:
-        """Attention over the whole sequence; `x` and global `positions` in the layout of `parallel`."""
+        """Attention of this device's tokens, inside `jax.shard_map`; weights hold this device's heads."""
         q, k, v = self._project(x, positions)
-        spec = parallel.token_spec
-
-        def attend(q, k, v):
-            return attention(
-                q,
-                k,
-                v,
-                axis_name=parallel.sequence_axis,
-                mask=CAUSAL,
-                layout=parallel.layout,
-                strategy="ring",
-                log_sum_exp_gradient=False,
-                block_size=self.block_size,
-            ).out
-
-        out = jax.shard_map(attend, mesh=parallel.mesh, in_specs=(spec, spec, spec), out_specs=spec)(q, k, v)
-        return self._merge_heads(out)
+        axes = parallel.sequence_axes
+        out = attention(
+            q,
+            k,
+            v,
+            axis_name=axes or None,
+            mask=self.mask,
+            layout=parallel.layout,
+            strategy=parallel.strategy if axes else "blockwise",
+            segment_ids=segment_ids,
+            log_sum_exp_gradient=False,
+            block_size=self.block_size,
+        ).out
+        return parallel.sum_over_tensor_axis(self._merge_heads(out))
 
     def decode(
         self, x: Float[Array, "B T M"], positions: Int[Array, "1 T"], cache: LayerCache
@@ -71,13 +74,14 @@ class Attention(nnx.Module):
         """Attention of T new tokens to everything in the cache and to one another; the cache with them added."""
         q, k, v = self._project(x, positions)
         cache = cache.write(k, v, positions[0, 0])
-        return self._merge_heads(decode_attention(q, cache.k, cache.v, length=positions[0, 0])), cache
+        out = decode_attention(q, cache.k, cache.v, length=positions[0, 0], mask=self.mask)
+        return self._merge_heads(out), cache
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        heads = lambda y, n: y.reshape(*y.shape[:2], n, self.head_dim)  # noqa: E731
-        q = rotate(heads(self.query(x), self.query_heads), positions, base=self.rotary_base)
-        k = rotate(heads(self.key(x), self.key_value_heads), positions, base=self.rotary_base)
-        return q, k, heads(self.value(x), self.key_value_heads)
+        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
+        q = rotate(heads(self.query(x)), positions, base=self.rotary_base)
+        k = rotate(heads(self.key(x)), positions, base=self.rotary_base)
+        return q, k, heads(self.value(x))
 
     def _merge_heads(self, out_BTHD: Array) -> Array:
         return self.out(out_BTHD.reshape(*out_BTHD.shape[:2], -1))

@@ -1,21 +1,28 @@
-"""A decoder-only transformer whose sequence may be sharded over a ring."""
+"""A decoder-only transformer on any mesh: batch, sequence, heads and weights may each be sharded."""
 
 import dataclasses
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ring_rl.kernels.feedforward import blockwise_feedforward
-from ring_rl.kernels.strategies.sharded import SAVED_NAMES
+from ring_rl.kernels.feedforward import blockwise_feedforward, check_chunks
 from ring_rl.nn.attention import Attention
 from ring_rl.nn.kv_cache import KVCache, LayerCache, empty_cache
 from ring_rl.nn.logical_axes import named
-from ring_rl.nn.parallel import SequenceParallel
+from ring_rl.nn.parallel import LocalParallel, SequenceParallel
+from ring_rl.nn.saved_activations import (
+    SavedActivations,
+    check_saved_activations,
+    named_input,
+    rematerialised,
+)
+from ring_rl.nn.weights import gathered, weight_specs, without_first_dimension
 from ring_rl.typing import Array, Float, Int
 
-SavedActivations = Literal["all", "attention", "none"]
+ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +36,14 @@ class TransformerConfig:
         key_value_heads: Key-value heads K; H must be a multiple of it.
         head_dim: Head dimension D, even.
         feed_forward_width: Hidden width F.
-        feed_forward_chunks: Steps in which the feed-forward runs; divides the token count.
+        feed_forward_chunks: Steps in which the feed-forward runs; divides the tokens of a device.
         rotary_base: Base of the rotary frequencies.
+        attention_window: How many tokens back a token sees, itself included; None is all of them.
         attention_block_size: Largest edge of a tile of attention scores, in tokens.
-        saved_activations: What backward finds saved of a layer. "all": nothing is recomputed; "attention": the
-            attention's output and log-sum-exp, so that the ring never runs a second time; "none": the layer's
-            input only, all else is recomputed.
+        saved_activations: What backward finds saved of a layer: "all", "attention", "none" or "offload", as
+            `ring_rl.nn.saved_activations` says.
+        compute_dtype: Of activations and matrix products. Parameters, softmax, norms, rotary angles and sums of
+            gradients over devices are float32 whatever it is.
     """
 
     layers: int
@@ -45,11 +54,23 @@ class TransformerConfig:
     feed_forward_width: int
     feed_forward_chunks: int
     rotary_base: float
+    attention_window: int | None
     attention_block_size: int
     saved_activations: SavedActivations
+    compute_dtype: ComputeDtype
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "query_heads", "key_value_heads", "head_dim", "feed_forward_width"):
+        sizes = (
+            "layers",
+            "width",
+            "query_heads",
+            "key_value_heads",
+            "head_dim",
+            "feed_forward_width",
+            "feed_forward_chunks",
+            "attention_block_size",
+        )
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"transformer.{name} must be at least 1, got {getattr(self, name)}")
         if self.query_heads % self.key_value_heads:
@@ -59,6 +80,22 @@ class TransformerConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"transformer.head_dim={self.head_dim} must be even, for rotary positions")
+        if self.attention_window is not None and self.attention_window < 1:
+            raise ValueError(
+                f"transformer.attention_window must be at least 1 (a token sees itself), got {self.attention_window}; "
+                "null is no window"
+            )
+
+    def check(self, parallel: SequenceParallel, *, batch: int, length: int) -> None:
+        """Raises ValueError unless the mesh can run this model on `batch` sequences of `length` tokens.
+
+        Nothing is compiled, so an entry point can ask before it does anything else.
+        """
+        parallel.check(batch, length)
+        parallel.check_heads(query_heads=self.query_heads, key_value_heads=self.key_value_heads)
+        parallel.check_divides("feed_forward_width", self.feed_forward_width)
+        check_chunks(length // parallel.sequence_devices, chunks=self.feed_forward_chunks, of="feed-forward")
+        check_saved_activations(self.saved_activations, parallel.mesh)
 
 
 class Block(nnx.Module):
@@ -66,49 +103,60 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.feed_forward_chunks = config.feed_forward_chunks
-        self.attention_norm = nnx.RMSNorm(config.width, scale_metadata=named("width"), rngs=rngs)
+        dtype = jnp.dtype(config.compute_dtype)
+        self.attention_norm = _norm(config.width, rngs)
         self.attention = Attention(
             width=config.width,
             query_heads=config.query_heads,
             key_value_heads=config.key_value_heads,
             head_dim=config.head_dim,
             rotary_base=config.rotary_base,
+            window=config.attention_window,
             block_size=config.attention_block_size,
+            dtype=dtype,
             rngs=rngs,
         )
-        self.feed_forward_norm = nnx.RMSNorm(config.width, scale_metadata=named("width"), rngs=rngs)
+        self.feed_forward_norm = _norm(config.width, rngs)
         self.feed_forward_in = nnx.Linear(
             config.width,
             config.feed_forward_width,
+            dtype=dtype,
             kernel_metadata=named("width", "hidden"),
             bias_metadata=named("hidden"),
             rngs=rngs,
         )
-        self.feed_forward_out = nnx.Linear(
+        self.feed_forward_out = RowParallelLinear(
             config.feed_forward_width,
             config.width,
+            dtype=dtype,
             kernel_metadata=named("hidden", "width"),
             bias_metadata=named("width"),
             rngs=rngs,
         )
 
-    def __call__(self, x: Array, positions: Array, parallel: SequenceParallel) -> Array:
-        """The block over a whole, possibly sharded, sequence."""
-        x = x + self.attention(self.attention_norm(x), positions, parallel)
-        return x + blockwise_feedforward(self._feed_forward, x, chunks=self.feed_forward_chunks)
+    def __call__(self, x: Array, positions: Array, segment_ids: Array | None, parallel: LocalParallel) -> Array:
+        """The block over this device's tokens, inside `jax.shard_map`."""
+        x = x + self.attention(_normalised(self.attention_norm, x), positions, segment_ids, parallel)
+        feed_forward = partial(self._feed_forward, parallel=parallel)
+        return x + blockwise_feedforward(feed_forward, x, chunks=self.feed_forward_chunks)
 
     def decode(self, x: Array, positions: Array, cache: LayerCache) -> tuple[Array, LayerCache]:
         """The block over new tokens, after everything in the cache."""
-        attended, cache = self.attention.decode(self.attention_norm(x), positions, cache)
+        attended, cache = self.attention.decode(_normalised(self.attention_norm, x), positions, cache)
         x = x + attended
-        return x + self._feed_forward(x), cache
+        return x + self._feed_forward(x, parallel=None), cache
 
-    def _feed_forward(self, x: Array) -> Array:
-        return self.feed_forward_out(jax.nn.gelu(self.feed_forward_in(self.feed_forward_norm(x))))
+    def _feed_forward(self, x: Array, *, parallel: LocalParallel | None) -> Array:
+        hidden = jax.nn.gelu(self.feed_forward_in(_normalised(self.feed_forward_norm, x)))
+        return self.feed_forward_out(hidden, parallel)
 
 
 class Transformer(nnx.Module):
-    """Blocks with stacked parameters, scanned, so that compile time does not grow with depth."""
+    """Blocks with stacked parameters, scanned, so that compile time does not grow with depth.
+
+    The residual stream and the result are of `compute_dtype`, whatever the input is: a head or a loss decides itself
+    what it wants in float32.
+    """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -119,33 +167,67 @@ class Transformer(nnx.Module):
             return Block(config, rngs=rngs)
 
         self.blocks = make_blocks(rngs)
-        self.final_norm = nnx.RMSNorm(config.width, scale_metadata=named("width"), rngs=rngs)
+        self.final_norm = _norm(config.width, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T M"], positions: Int[Array, "B T"], parallel: SequenceParallel
+        self,
+        x: Float[Array, "B T M"],
+        positions: Int[Array, "B T"],
+        parallel: SequenceParallel,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T M"]:
-        """Activations after the last norm. `x` and global `positions` come in the layout of `parallel`."""
-        parallel.check(*x.shape[:2])
-        graphdef, parameters = nnx.split(self.blocks)
+        """Activations after the last norm; everything comes and goes in the layout of `parallel`.
 
-        def layer(x, parameters):
-            x = nnx.merge(graphdef, parameters)(x, positions, parallel)
-            return parallel.constrain(x), None
+        The whole of it is one `jax.shard_map`: every transfer between devices is one that is written down here, in
+        `weights` and in the kernels.
 
-        x, _ = jax.lax.scan(_rematerialised(layer, self.config.saved_activations), parallel.constrain(x), parameters)
-        return self.final_norm(x)
+        Args:
+            x: Embedded tokens.
+            positions: Global positions in the sequence, for the rotary embedding.
+            parallel: The mesh.
+            segment_ids: Documents of packed rows; a token sees only its own, and a negative id is padding.
+
+        Raises:
+            ValueError: The mesh cannot share the batch, the sequence, the heads or the feed-forward's width.
+        """
+        config, local = self.config, parallel.local()
+        config.check(parallel, batch=x.shape[0], length=x.shape[1])
+        dtype = jnp.dtype(config.compute_dtype)
+        block_definition, blocks = nnx.split(self.blocks)
+        norm_definition, norm = nnx.split(self.final_norm)
+        block_specs, norm_specs = weight_specs(blocks, local), weight_specs(norm, local)
+        layer_specs = without_first_dimension(block_specs)
+
+        def run(blocks: nnx.State, norm: nnx.State, x: Array, positions: Array, segment_ids: Array | None) -> Array:
+            def layer(x: Array, shards: nnx.State) -> tuple[Array, None]:
+                x = named_input(x)
+                block = nnx.merge(block_definition, gathered(shards, layer_specs, local, dtype=dtype))
+                return block(x, positions, segment_ids, local), None
+
+            x, _ = jax.lax.scan(rematerialised(layer, config.saved_activations), x.astype(dtype), blocks)
+            return _normalised(nnx.merge(norm_definition, gathered(norm, norm_specs, local, dtype=dtype)), x)
+
+        tokens = local.token_spec
+        return jax.shard_map(
+            run,
+            mesh=local.mesh,
+            in_specs=(block_specs, norm_specs, tokens, tokens, tokens),
+            out_specs=tokens,
+        )(blocks, norm, x, positions, segment_ids)
 
     def decode(self, x: Float[Array, "B T M"], cache: KVCache) -> tuple[Float[Array, "B T M"], KVCache]:
         """T new tokens after everything in the cache: the same activations as `__call__` on the whole sequence."""
         graphdef, parameters = nnx.split(self.blocks)
         positions = (cache.length + jnp.arange(x.shape[1]))[None]
+        x = x.astype(self.config.compute_dtype)
 
         layers = []
         for index, layer_cache in enumerate(cache.layers):
             block = nnx.merge(graphdef, jax.tree.map(lambda parameter, index=index: parameter[index], parameters))
             x, layer_cache = block.decode(x, positions, layer_cache)
             layers.append(layer_cache)
-        return self.final_norm(x), KVCache(tuple(layers), cache.length + x.shape[1])
+        return _normalised(self.final_norm, x), KVCache(tuple(layers), cache.length + x.shape[1])
 
     def empty_cache(self, *, batch: int, capacity: int) -> KVCache:
         """A cache for `batch` sequences of at most `capacity` tokens."""
@@ -155,13 +237,26 @@ class Transformer(nnx.Module):
             capacity=capacity,
             key_value_heads=self.config.key_value_heads,
             head_dim=self.config.head_dim,
+            dtype=jnp.dtype(self.config.compute_dtype),
         )
 
 
-def _rematerialised(layer, saved_activations: SavedActivations):
-    if saved_activations == "all":
-        return layer
-    if saved_activations == "attention":
-        policy = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-        return jax.checkpoint(layer, policy=policy, prevent_cse=False)
-    return jax.checkpoint(layer, prevent_cse=False)
+class RowParallelLinear(nnx.Linear):
+    """x kernel + bias where the devices of the tensor axis hold some of the inputs, and those rows of the kernel."""
+
+    def __call__(self, inputs: Float[Array, "*b F"], parallel: LocalParallel | None = None) -> Float[Array, "*b M"]:
+        """The result, the same on all of them; without `parallel` everything is here."""
+        if parallel is None or parallel.tensor_axis is None:
+            return super().__call__(inputs)
+        kernel, dtype = self.kernel[...], self.dtype or inputs.dtype
+        y = parallel.sum_over_tensor_axis(inputs.astype(dtype) @ kernel.astype(dtype))
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+
+def _norm(width: int, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(width, dtype=jnp.float32, scale_metadata=named("width"), rngs=rngs)
+
+
+def _normalised(norm: nnx.RMSNorm, x: Array) -> Array:
+    """The norm, in float32, as a result of x's dtype."""
+    return norm(x).astype(x.dtype)

@@ -54,13 +54,15 @@ def sequence_config(token_layout="fused", *, trajectories=3, episode_steps=10, p
             feed_forward_width=32,
             feed_forward_chunks=1,
             rotary_base=100.0,
+            attention_window=None,
             attention_block_size=16,
             saved_activations="all",
+            compute_dtype="float32",
         ),
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def chains():
     """Makers of small made-up episodes and models."""
     return SimpleNamespace(trajectory=trajectory, episode_set=episode_set, sequence_config=sequence_config)

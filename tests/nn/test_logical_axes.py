@@ -6,23 +6,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from ring_rl.nn.logical_axes import logical_axes, named
-from ring_rl.nn.transformer import Transformer, TransformerConfig
-
-
-def transformer():
-    config = TransformerConfig(
-        layers=2,
-        width=8,
-        query_heads=4,
-        key_value_heads=2,
-        head_dim=4,
-        feed_forward_width=32,
-        feed_forward_chunks=1,
-        rotary_base=100.0,
-        attention_block_size=8,
-        saved_activations="all",
-    )
-    return Transformer(config, rngs=nnx.Rngs(0))
+from ring_rl.nn.transformer import Transformer
 
 
 def names_of(state):
@@ -44,30 +28,30 @@ EXPECTED = {
 }
 
 
-def test_every_parameter_of_a_transformer_names_its_dimensions():
-    _, state = nnx.split(transformer())
+def test_every_parameter_of_a_transformer_names_its_dimensions(transformers):
+    _, state = nnx.split(transformers.make())
     assert names_of(state) == EXPECTED
-    sizes = {"width": 8, "hidden": 32}
+    sizes = {"width": transformers.width, "hidden": 32}
     for _, parameter in nnx.to_flat_state(state):
         for length, name in zip(parameter.shape, logical_axes(parameter), strict=True):
             assert length == sizes.get(name, length)
 
 
-def test_names_survive_what_training_does_to_parameters():
+def test_names_survive_what_training_does_to_parameters(transformers):
     """Under jit and its abstract twin, through gradients, and in copies of other values."""
-    abstract = nnx.eval_shape(transformer)
+    abstract = nnx.eval_shape(lambda: Transformer(transformers.config(), rngs=nnx.Rngs(0)))
     assert names_of(nnx.state(abstract, nnx.Param)) == EXPECTED
-    parameters = nnx.state(transformer(), nnx.Param)
+    parameters = nnx.state(transformers.make(), nnx.Param)
     gradients = jax.jit(jax.grad(lambda p: sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(p))))(parameters)
     assert names_of(gradients) == EXPECTED
     assert names_of(jax.tree.map(jnp.zeros_like, parameters)) == EXPECTED
 
 
-def test_a_mesh_changes_nothing_while_a_model_is_built():
-    alone = nnx.state(transformer(), nnx.Param)
+def test_a_mesh_changes_nothing_while_a_model_is_built(transformers):
+    alone = nnx.state(transformers.make(), nnx.Param)
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
-        within = nnx.state(transformer(), nnx.Param)
+        within = nnx.state(transformers.make(), nnx.Param)
     jax.tree.map(np.testing.assert_array_equal, within, alone)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(within))
 

@@ -3,120 +3,143 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh
 
 from ring_rl.kernels.layout import permutation
-from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.nn.rotary import rotate
-from ring_rl.nn.transformer import Transformer, TransformerConfig
-
-B, T, M = 2, 32, 16
 
 
-def config(**changes):
-    values = {
-        "layers": 2,
-        "width": M,
-        "query_heads": 4,
-        "key_value_heads": 2,
-        "head_dim": 4,
-        "feed_forward_width": 32,
-        "feed_forward_chunks": 1,
-        "rotary_base": 100.0,
-        "attention_block_size": 8,
-        "saved_activations": "all",
-    }
-    return TransformerConfig(**(values | changes))
+@pytest.fixture(scope="module")
+def one_device(transformers):
+    """What one device computes, for each choice of model and segments; made once."""
+    made = {}
+
+    def results(*, packed=False, **changes):
+        key = (packed, *sorted(changes.items()))
+        if key not in made:
+            segment_ids = transformers.segments() if packed else None
+            made[key] = transformers.outputs_and_gradients(
+                transformers.make(**changes), transformers.parallel(1, 1, 1, 1), segment_ids=segment_ids
+            )
+        return made[key]
+
+    return results
 
 
-def parallel(dp, sp, layout="zigzag"):
-    devices = np.array(jax.devices()[: dp * sp]).reshape(dp, sp)
-    mesh = Mesh(devices, ("dp", "sp"), axis_types=(AxisType.Auto, AxisType.Auto))
-    return SequenceParallel(mesh=mesh, layout=layout)
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((1, 2, 2, 2), {}),
+        ((1, 1, 4, 2), {"layout": "contiguous"}),
+        ((1, 1, 1, 8), {}),
+        ((4, 1, 1, 2), {"layout": "striped", "strategy": "auto"}),
+        ((2, 1, 1, 4), {"strategy": "ulysses"}),
+        ((1, 1, 2, 4), {"strategy": "hybrid", "ulysses_size": 2}),
+        ((1, 2, 1, 4), {"strategy": "all_gather"}),
+    ],
+)
+def test_every_mesh_and_strategy_gives_what_one_device_gives(transformers, one_device, sizes, options):
+    heads = {"query_heads": 4, "key_value_heads": 4}
+    got = transformers.outputs_and_gradients(transformers.make(**heads), transformers.parallel(*sizes, **options))
+    transformers.assert_close(got, one_device(**heads))
 
 
-def inputs():
-    x = np.random.default_rng(0).normal(size=(B, T, M)).astype(np.float32)
-    return x, np.broadcast_to(np.arange(T), (B, T))
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [((1, 2, 1, 4), {}), ((2, 1, 2, 2), {"layout": "contiguous"}), ((1, 1, 1, 4), {"strategy": "ulysses"})],
+)
+def test_packed_documents_under_a_window(transformers, one_device, sizes, options):
+    model = transformers.make(attention_window=9)
+    around = transformers.parallel(*sizes, **options)
+    got = transformers.outputs_and_gradients(model, around, segment_ids=transformers.segments())
+    transformers.assert_close(got, one_device(packed=True, attention_window=9))
 
 
-def apply(model, x, positions, parallel):
-    """The transformer's result in natural order, from inputs in natural order."""
-    order = permutation(T, ring_size=parallel.ring_size, layout=parallel.layout)
+def test_documents_and_windows_hide(transformers, one_device):
+    """Gradients say what a token saw."""
+    plain, window = one_device(), one_device(attention_window=9)
+    np.testing.assert_allclose(plain[0][:, :9], window[0][:, :9], atol=1e-5)
+    assert np.abs(plain[0][:, 9:] - window[0][:, 9:]).max(axis=-1).min() > 1e-3
+    model, around = transformers.make(attention_window=3), transformers.parallel(1, 1, 1, 1)
+    x, positions = transformers.inputs()
     graphdef, parameters = nnx.split(model)
-    # As numpy arrays they belong to no device yet and go wherever the mesh is.
-    forward = jax.jit(lambda parameters, x, positions: nnx.merge(graphdef, parameters)(x, positions, parallel))
-    out = forward(jax.device_get(parameters), x[:, order], positions[:, order])
-    return np.asarray(out)[:, np.argsort(order)]
 
+    def seen(x):
+        out = nnx.merge(graphdef, parameters)(x, positions, around, segment_ids=transformers.segments())
+        return jnp.sum(out[0, transformers.tokens // 2 + 1] ** 2)
 
-@pytest.mark.parametrize(("dp", "sp", "layout"), [(1, 8, "zigzag"), (2, 4, "contiguous")])
-def test_a_ring_gives_what_one_device_gives(dp, sp, layout):
-    model = Transformer(config(), rngs=nnx.Rngs(0))
-    x, positions = inputs()
-    expected = apply(model, x, positions, parallel(1, 1))
-    np.testing.assert_allclose(apply(model, x, positions, parallel(dp, sp, layout)), expected, atol=1e-5)
+    # Two layers of a window of 3 reach 4 tokens back; the document began one token back.
+    reached = np.abs(jax.jit(jax.grad(seen))(jnp.asarray(x))[0]).max(axis=-1) > 0
+    assert np.flatnonzero(reached).tolist() == [transformers.tokens // 2, transformers.tokens // 2 + 1]
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_decoding_gives_what_the_whole_sequence_gives(chunk):
-    model = Transformer(config(), rngs=nnx.Rngs(0))
-    x, positions = inputs()
-    expected = apply(model, x, positions, parallel(1, 1))
+@pytest.mark.parametrize("window", [None, 7])
+def test_decoding_gives_what_the_whole_sequence_gives(transformers, one_device, chunk, window):
+    model = transformers.make(attention_window=window)
+    x, _ = transformers.inputs()
     decode = nnx.jit(lambda model, x, cache: model.decode(x, cache))
-    cache, pieces = model.empty_cache(batch=B, capacity=T), []
-    for start in range(0, T, chunk):
+    cache, pieces = model.empty_cache(batch=transformers.batch, capacity=transformers.tokens), []
+    for start in range(0, transformers.tokens, chunk):
         out, cache = decode(model, x[:, start : start + chunk], cache)
         pieces.append(out)
-    assert int(cache.length) == T == cache.capacity
+    assert int(cache.length) == transformers.tokens == cache.capacity
+    expected = one_device(attention_window=window)[0]
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), expected, atol=1e-5)
 
 
-def test_what_is_saved_changes_memory_and_not_the_result():
-    x, positions = inputs()
-
-    def gradient(saved_activations, chunks):
-        model = Transformer(config(saved_activations=saved_activations, feed_forward_chunks=chunks), rngs=nnx.Rngs(0))
-        graphdef, parameters = nnx.split(model)
-
-        def loss(parameters):
-            return jnp.sum(jnp.sin(nnx.merge(graphdef, parameters)(x, positions, parallel(1, 2, "contiguous"))))
-
-        return jax.jit(jax.grad(loss))(parameters)
-
-    expected = gradient("all", 1)
-    for saved_activations, chunks in (("attention", 1), ("none", 4)):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-            gradient(saved_activations, chunks),
-            expected,
-        )
+def test_bfloat16_computes_near_float32_and_keeps_parameters_and_gradients_in_it(transformers, one_device):
+    changes = {"compute_dtype": "bfloat16", "feed_forward_chunks": 2}
+    model, around = transformers.make(**changes), transformers.parallel(1, 2, 2, 2)
+    loss, arguments, _ = transformers.loss_function(model, around)
+    _, out = jax.eval_shape(loss, *arguments)
+    assert out.dtype == jnp.bfloat16
+    assert model.empty_cache(batch=1, capacity=1).layers[0].k.dtype == jnp.bfloat16
+    got, expected = transformers.outputs_and_gradients(model, around), one_device()
+    assert {x.dtype for x in jax.tree.leaves((arguments[0], got[1]))} == {np.dtype(np.float32)}
+    error = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b)  # noqa: E731
+    errors = jax.tree.leaves(jax.tree.map(error, got, expected))
+    assert 1e-4 < max(errors) < 0.05
 
 
-def test_rotary_scores_depend_on_distance_only():
-    generator = np.random.default_rng(1)
-    q, k = (jnp.asarray(generator.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
-
-    def score(at_q, at_k):
-        turned = [rotate(x, jnp.array([[at]]), base=100.0) for x, at in ((q, at_q), (k, at_k))]
-        return float(jnp.sum(turned[0] * turned[1]))
-
-    assert score(5, 3) == pytest.approx(score(105, 103), abs=1e-4)
-    assert abs(score(5, 3) - score(5, 4)) > 1e-3
-    np.testing.assert_allclose(rotate(q, jnp.array([[0]]), base=100.0), q)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 2, 2, 2)])
+def test_feed_forward_chunks_change_nothing(transformers, one_device, sizes):
+    got = transformers.outputs_and_gradients(transformers.make(feed_forward_chunks=4), transformers.parallel(*sizes))
+    transformers.assert_close(got, one_device())
 
 
-def test_bad_sizes_name_the_rule():
+def test_bad_sizes_name_the_rule(transformers):
+    config = transformers.config
     with pytest.raises(ValueError, match=r"query_heads=4 must be a multiple of key_value_heads=3"):
         config(key_value_heads=3)
     with pytest.raises(ValueError, match=r"head_dim=5 must be even"):
         config(head_dim=5)
     with pytest.raises(ValueError, match=r"transformer.layers must be at least 1, got 0"):
         config(layers=0)
-    with pytest.raises(ValueError, match="even head dimension, got 3"):
-        rotate(jnp.zeros((1, 1, 1, 3)), jnp.zeros((1, 1), int), base=10.0)
-    with pytest.raises(ValueError, match=r"batch of 3 sequences is not divisible by dp=2; use a multiple of 2"):
-        parallel(2, 1).check(3, 8)
-    model = Transformer(config(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"attention_window must be at least 1 .*, got 0; null is no window"):
+        config(attention_window=0)
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_traced(transformers):
+    config, size = transformers.config, {"batch": 4, "length": 32}
+    config().check(transformers.parallel(1, 2, 2, 2), **size)
+    with pytest.raises(ValueError, match=r"batch of 3 .* fsdp=2"):
+        config().check(transformers.parallel(1, 2, 2, 2), batch=3, length=32)
+    with pytest.raises(ValueError, match=r"key_value_heads=2 cannot be shared by tp=4"):
+        config().check(transformers.parallel(1, 1, 4, 2), **size)
+    with pytest.raises(ValueError, match=r"feed_forward_width=33 cannot be shared by tp=2"):
+        config(feed_forward_width=33).check(transformers.parallel(1, 1, 2, 1), **size)
+    with pytest.raises(ValueError, match=r"8 tokens cannot be cut into 3 feed-forward chunks"):
+        config(feed_forward_chunks=3).check(transformers.parallel(1, 1, 1, 4), **size)
+    x, positions = transformers.inputs()
     with pytest.raises(ValueError, match=r"sequence length 32 is not divisible .* zigzag ring of size 3; pad to 36"):
-        model(*inputs(), parallel(1, 3))
+        transformers.make()(x, positions, transformers.parallel(1, 1, 1, 3))
+
+
+def test_layers_are_told_the_layout(transformers):
+    """Where the order of tokens is another than was said, the result is another: positions come from the layout."""
+    around = transformers.parallel(1, 1, 1, 2)
+    model, (x, positions) = transformers.make(), transformers.inputs()
+    order = permutation(transformers.tokens, ring_size=2, layout="zigzag")
+    graphdef, parameters = nnx.split(model)
+    run = jax.jit(lambda x, positions: nnx.merge(graphdef, jax.device_get(parameters))(x, positions, around))
+    right, wrong = run(x[:, order], positions[:, order]), run(x, positions)
+    assert np.abs(np.asarray(right) - np.asarray(wrong)[:, order]).max() > 1e-2
