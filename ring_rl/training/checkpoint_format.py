@@ -221,6 +221,8 @@ def opened_reader(checkpoint: pathlib.Path) -> Iterator[ocp.Checkpointer]:
         parameters=ocp.PyTreeCheckpointHandler(),
         training=ocp.PyTreeCheckpointHandler(),
         metadata=ocp.JsonCheckpointHandler(),
+        # Not read through it, but Orbax warns of items that it knows no handler for.
+        metrics=ocp.JsonCheckpointHandler(filename="metrics"),
     )
     try:
         with ocp.Checkpointer(handler) as reader:

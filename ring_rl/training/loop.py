@@ -247,15 +247,17 @@ def _fetch_checked(
     fail: Callable[[str, int], DivergenceError],
 ) -> dict[str, float]:
     """The newest of the pending metrics as floats, once all of them are found good; empties `pending`."""
-    # All transfers are under way before the first is waited for.
-    fetched = jax.device_get([(step, dict(metrics)) for step, metrics in pending])
-    pending.clear()
+    # One call for all: their transfers are under way together.
+    fetched = jax.device_get([list(metrics.values()) for _, metrics in pending])
     newest: dict[str, float] = {}
-    for step, metrics in fetched:
-        newest = {name: float(value) for name, value in metrics.items()}
+    for (step, metrics), values in zip(pending, fetched, strict=True):
+        newest = dict(zip(metrics, map(float, values), strict=True))
+        # jit sorts names; the first thing to look at goes first.
+        newest = {"loss": newest["loss"]} | newest
         complaint = check.complaint(newest)
         if complaint is not None:
-            raise fail(complaint, int(step))
+            raise fail(complaint, step)
+    pending.clear()
     return newest
 
 

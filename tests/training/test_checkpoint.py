@@ -189,8 +189,9 @@ def test_evaluation_reads_numpy_parameters(tmp_path):
 
 
 def test_evaluation_needs_no_device_of_the_training_and_writes_nothing(tmp_path):
-    with open_checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(make_state(sp=8))
+    best = BestCheckpoints(metric="loss", mode="min", keep=1)
+    with Checkpointer(tmp_path, keep=1, model_config={}, best=best) as checkpointer:
+        checkpointer.save(make_state(sp=8), metrics={"loss": 1.0})
     before = sorted(path for path in tmp_path.rglob("*"))
     source = (
         "import sys, jax, pathlib; from ring_rl.training.checkpoint import load_for_evaluation\n"
@@ -205,7 +206,7 @@ def test_evaluation_needs_no_device_of_the_training_and_writes_nothing(tmp_path)
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "(8, 8)\n"
+    assert (result.stdout, result.stderr) == ("(8, 8)\n", "")
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 

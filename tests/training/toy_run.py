@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ring_rl.config import exit_on_bad_input
 from ring_rl.training.checkpoint import Checkpointer
 from ring_rl.training.input import InputConfig, RowStream
 from ring_rl.training.loop import LoopConfig, train
@@ -132,4 +133,5 @@ def run(folder: pathlib.Path, *, steps: int = 30, seconds: float = 0.0) -> tuple
 
 
 if __name__ == "__main__":
-    run(pathlib.Path(sys.argv[1]), steps=int(sys.argv[2]), seconds=float(sys.argv[3]))
+    with exit_on_bad_input():
+        run(pathlib.Path(sys.argv[1]), steps=int(sys.argv[2]), seconds=float(sys.argv[3]))
