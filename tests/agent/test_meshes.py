@@ -14,13 +14,13 @@ from ring_rl.agent.model import make_model
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.input import InputConfig, RowStream
 from ring_rl.training.mesh import MeshConfig, make_mesh
-from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
+from ring_rl.training.optimizer import AdamWConfig, make_optimizer
 from ring_rl.training.state import create_state
 from ring_rl.training.step import make_train_step
 
 STEPS = 20
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 4, 2), (1, 1, 1, 8), (1, 2, 2, 2), (2, 1, 1, 4)]
-OPTIMIZER = OptimizerConfig(
+OPTIMIZER = AdamWConfig(
     name="adamw",
     learning_rate=3e-3,
     weight_decay=0.01,

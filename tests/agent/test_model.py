@@ -15,7 +15,7 @@ from ring_rl.agent.tokens import Normalisation, TokenLayout, fourier_features, t
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.input import InputConfig, RowStream
 from ring_rl.training.mesh import MeshConfig, make_mesh
-from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
+from ring_rl.training.optimizer import AdamWConfig, make_optimizer
 from ring_rl.training.state import create_state
 from ring_rl.training.step import make_train_step
 
@@ -119,7 +119,7 @@ def losses(chains, dp, sp, config, steps=20):
         seed=0,
     )
     optimizer = make_optimizer(
-        OptimizerConfig(
+        AdamWConfig(
             name="adamw",
             learning_rate=3e-3,
             weight_decay=0.01,

@@ -2,18 +2,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import yaml
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ring_rl.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer, weight_decay_mask
+from ring_rl.config import from_mapping, to_mapping
+from ring_rl.training.optimizer import (
+    AdafactorConfig,
+    AdamWConfig,
+    LionConfig,
+    OptimizerConfig,
+    learning_rate_at,
+    make_optimizer,
+    weight_decay_mask,
+)
 
-CONFIG = OptimizerConfig(
+REPOSITORY = pathlib.Path(__file__).parents[2]
+CONFIG = AdamWConfig(
     name="adamw",
     learning_rate=1e-2,
     weight_decay=0.1,
@@ -24,9 +37,21 @@ CONFIG = OptimizerConfig(
     final_learning_rate_fraction=0.1,
     gradient_clip_norm=1.0,
 )
+SHARED = {
+    "learning_rate": 1e-2,
+    "weight_decay": 0.1,
+    "warmup_steps": 0,
+    "schedule": "constant",
+    "final_learning_rate_fraction": 1.0,
+    "gradient_clip_norm": None,
+}
+LION = LionConfig(name="lion", beta1=0.9, beta2=0.98, **SHARED)
+ADAFACTOR = AdafactorConfig(
+    name="adafactor", decay_exponent=0.8, smallest_factored_dimension=4, update_clip=1.0, **SHARED
+)
 
 
-def with_schedule(schedule: str, *, warmup_steps: int = 10, final: float = 0.1) -> OptimizerConfig:
+def with_schedule(schedule: str, *, warmup_steps: int = 10, final: float = 0.1) -> AdamWConfig:
     return dataclasses.replace(CONFIG, schedule=schedule, warmup_steps=warmup_steps, final_learning_rate_fraction=final)
 
 
@@ -68,6 +93,11 @@ def test_rate_rises_then_falls_and_stays_in_bounds(schedule, warmup_steps, total
     assert np.all(np.diff(rates[warmup_steps:]) <= 1e-8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    optimizer: OptimizerConfig
+
+
 class Stack(nnx.Module):
     """Two layers stacked along a leading axis, as a scan over layers holds them."""
 
@@ -92,9 +122,10 @@ def test_decay_goes_by_name_also_in_stacked_layers():
     }
 
 
-def test_decay_moves_only_what_it_should():
+@pytest.mark.parametrize("config", [with_schedule("constant", warmup_steps=0), LION, ADAFACTOR], ids=lambda c: c.name)
+def test_decay_moves_only_what_it_should(config):
     parameters = nnx.state(Stack(nnx.Rngs(0)), nnx.Param)
-    optimizer = make_optimizer(with_schedule("constant", warmup_steps=0), total_steps=10)
+    optimizer = make_optimizer(config, total_steps=10)
     zero_gradients = jax.tree.map(jnp.zeros_like, parameters)
     updates, _ = optimizer.update(zero_gradients, optimizer.init(parameters), parameters)
     np.testing.assert_allclose(
@@ -104,6 +135,55 @@ def test_decay_moves_only_what_it_should():
     )
     assert not np.any(updates["layers"]["bias"].get_value())
     assert not np.any(updates["norm"]["scale"].get_value())
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "conf" / "optimizer").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_optimizer_of_the_configuration_minimises_a_quadratic(path):
+    mapping = {**yaml.safe_load(path.read_text()), "learning_rate": 0.05, "weight_decay": 0.0}
+    config = from_mapping(Holder, {"optimizer": mapping}).optimizer
+    assert config.name == path.stem
+    assert to_mapping(config) == mapping
+    optimizer = make_optimizer(config, total_steps=200)
+    target = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+
+    @jax.jit
+    def step(parameters, state):
+        gradients = jax.grad(lambda p: jnp.sum((p["kernel"] - target) ** 2))(parameters)
+        updates, state = optimizer.update(gradients, state, parameters)
+        return optax.apply_updates(parameters, updates), state
+
+    parameters = {"kernel": jnp.zeros((4, 5))}
+    state = optimizer.init(parameters)
+    for _ in range(200):
+        parameters, state = step(parameters, state)
+    np.testing.assert_allclose(parameters["kernel"], target, atol=0.02)
+
+
+def test_an_unknown_optimizer_names_those_there_are():
+    with pytest.raises(ValueError, match=r"optimizer.name.*adamw.*lion.*adafactor"):
+        from_mapping(Holder, {"optimizer": {"name": "lyon"}})
+
+
+def test_a_lion_steps_by_the_learning_rate():
+    config = dataclasses.replace(LION, weight_decay=0.0)
+    optimizer = make_optimizer(config, total_steps=10)
+    parameters = {"kernel": jnp.zeros(3)}
+    updates, state = optimizer.update({"kernel": jnp.array([5.0, -1e-3, 0.0])}, optimizer.init(parameters), parameters)
+    np.testing.assert_allclose(updates["kernel"], [-1e-2, 1e-2, 0], rtol=1e-6)
+    assert sum(np.size(leaf) for leaf in jax.tree.leaves(state)) < 3 * 2
+
+
+def test_adafactor_keeps_a_row_and_a_column_and_bounds_its_update():
+    config = dataclasses.replace(ADAFACTOR, weight_decay=0.0, update_clip=0.5)
+    optimizer = make_optimizer(config, total_steps=10)
+    parameters = {"kernel": jnp.zeros((64, 32)), "bias": jnp.zeros(32)}
+    gradients = jax.tree.map(lambda p: 1 + jnp.arange(p.size, dtype=jnp.float32).reshape(p.shape), parameters)
+    updates, state = optimizer.update(gradients, optimizer.init(parameters), parameters)
+    assert sum(np.size(leaf) for leaf in jax.tree.leaves(state)) < 64 + 32 + 32 + 16
+    assert np.sqrt(np.mean(updates["kernel"] ** 2)) == pytest.approx(1e-2 * 0.5, rel=1e-4)
+    unclipped = make_optimizer(dataclasses.replace(config, update_clip=None), total_steps=10)
+    updates, _ = unclipped.update(gradients, unclipped.init(parameters), parameters)
+    assert np.sqrt(np.mean(updates["kernel"] ** 2)) == pytest.approx(1e-2, rel=0.1)
 
 
 def test_clipping_bounds_what_adam_sees():
@@ -132,6 +212,22 @@ def test_clipping_bounds_what_adam_sees():
 def test_impossible_values_are_refused_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(CONFIG, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (LION, "beta1", 1.0),
+        (LION, "beta2", -0.1),
+        (ADAFACTOR, "decay_exponent", 0.0),
+        (ADAFACTOR, "smallest_factored_dimension", 0),
+        (ADAFACTOR, "update_clip", 0.0),
+        (ADAFACTOR, "learning_rate", -1.0),
+    ],
+)
+def test_impossible_values_of_the_others_are_refused_too(config, field, value):
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(config, **{field: value})
 
 
 def test_warmup_must_end_before_training_does():

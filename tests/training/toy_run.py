@@ -17,13 +17,13 @@ from ring_rl.training.input import InputConfig, RowStream
 from ring_rl.training.loop import LoopConfig, train
 from ring_rl.training.mesh import MeshConfig, make_mesh
 from ring_rl.training.metrics import JsonlWriter
-from ring_rl.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
+from ring_rl.training.optimizer import AdamWConfig, learning_rate_at, make_optimizer
 from ring_rl.training.run_directory import open_run_directory
 from ring_rl.training.state import TrainState, create_state
 from ring_rl.training.step import Loss, make_train_step
 
 BATCH_SIZE = 4
-OPTIMIZER = OptimizerConfig(
+OPTIMIZER = AdamWConfig(
     name="adamw",
     learning_rate=1e-2,
     weight_decay=0.1,
