@@ -1,8 +1,9 @@
 """Several processes that train one model: how they find each other, agree, and notice a loss.
 
 JAX's own runtime joins the processes: process 0 also runs a coordination service, a small key-value store that every
-process reaches without its devices. A thread in each process (`_Watch`) beats there once a second and reads what the
-others say. So a process that is stuck in a collective, because another one died, ends with one line instead of hanging.
+process reaches without its devices. A thread in each process
+(`ring_rl.training.process_watch`) beats there once a second and reads what the others say. So a process that is stuck in
+a collective, because another one died, ends with one line instead of hanging.
 
     a process raises                 it says so; the others end within seconds
     a process dies without a word    it stops beating; the others end after `heartbeat_timeout_seconds`
@@ -17,9 +18,8 @@ import atexit
 import contextlib
 import dataclasses
 import json
-import os
+import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,13 +28,12 @@ from typing import Any, Literal
 import jax
 
 from ring_rl.training.interrupt import TrainingInterrupted
+from ring_rl.training.process_watch import PATIENCE_MILLISECONDS, ProcessWatch, exit_at_once
 
 __all__ = ["DistributedConfig", "agree_to_stop", "barrier", "is_main_process", "joined", "on_main_process"]
 
 # JAX's own limits are a backstop behind ours, which say more.
 _BACKSTOP_SECONDS = 10
-# Longer than any wait that is not an error; a lost process ends it earlier.
-_PATIENCE_MILLISECONDS = 24 * 3600 * 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,21 +99,27 @@ def joined(config: DistributedConfig) -> Iterator[None]:
         yield
         return
     _initialize(config)
-    if jax.process_count() == 1:
+    runtime = _runtime()
+    if runtime.num_processes == 1:
         try:
             yield
         finally:
             jax.distributed.shutdown()
         return
-    _watch = _Watch(_client(), jax.process_index(), jax.process_count(), config.heartbeat_timeout_seconds)
+    _watch = ProcessWatch(
+        runtime.client, runtime.process_id, runtime.num_processes, timeout_seconds=config.heartbeat_timeout_seconds
+    )
     _watch.start()
     try:
         yield
     except BaseException as error:
         if not isinstance(error, TrainingInterrupted):
+            if _blames_another(error):
+                # Who it was will be known soon, and the watch ends this process with that.
+                time.sleep(config.heartbeat_timeout_seconds + _BACKSTOP_SECONDS)
             _watch.tell_failure(error)
             # The others are gone or going: at the exit JAX would wait for all of them to say goodbye.
-            atexit.register(_exit_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
+            atexit.register(exit_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
             raise
         _leave()
         raise
@@ -123,14 +128,14 @@ def joined(config: DistributedConfig) -> Iterator[None]:
 
 
 def is_main_process() -> bool:
-    """Whether this process prints, logs and draws. Starts JAX's devices, as `jax.devices()` does."""
-    return jax.process_index() == 0
+    """Whether this process prints, logs and draws."""
+    return (jax.process_index() if _watch is None else _watch.process_id) == 0
 
 
 def barrier(name: str) -> None:
     """Return once every process is here. All processes pass the same barriers in the same order."""
     if _watch is not None:
-        _watch.client.wait_at_barrier(f"{_watch.turn('barrier', name)}", _PATIENCE_MILLISECONDS)
+        _watch.client.wait_at_barrier(f"{_watch.turn('barrier', name)}", PATIENCE_MILLISECONDS)
 
 
 def on_main_process(name: str, function: Callable[[], Any]) -> Any:
@@ -143,7 +148,7 @@ def on_main_process(name: str, function: Callable[[], Any]) -> Any:
         return function()
     key = _watch.turn("said", name)
     if not is_main_process():
-        said = json.loads(_watch.client.blocking_key_value_get(key, _PATIENCE_MILLISECONDS))
+        said = json.loads(_watch.client.blocking_key_value_get(key, PATIENCE_MILLISECONDS))
         if "error" in said:
             raise {"OSError": OSError}.get(said["kind"], ValueError)(said["error"])
         return said["value"]
@@ -171,111 +176,7 @@ def agree_to_stop(done: int, requested: bool) -> bool:
     return requested if _watch is None else _watch.agree_to_stop(done, requested)
 
 
-class _Watch(threading.Thread):
-    """Beats, reads the beats of the others (process 0 does, for all), and answers a request to stop."""
-
-    def __init__(self, client: Any, process_id: int, process_count: int, timeout_seconds: float):
-        super().__init__(name="process-watch", daemon=True)
-        self.client = client
-        self._id, self._count, self._timeout = process_id, process_count, timeout_seconds
-        self._over = threading.Event()
-        self._lock = threading.Lock()
-        self._turns: dict[str, int] = {}
-        self._entered = 0
-        self._answered = False
-        self._asked = False
-        self._stop_after: int | None = None
-
-    def run(self) -> None:
-        """Once a second until `close`."""
-        beats: dict[str, tuple[str, float]] = {}
-        number = 0
-        while not self._over.wait(min(1.0, self._timeout / 10)):
-            number += 1
-            try:
-                self.client.key_value_set(f"ring_rl/beat/{self._id}", str(number), allow_overwrite=True)
-                failure = self._read("ring_rl/failure")
-                if failure is None and self._id == 0 and (failure := self._silent(beats)) is not None:
-                    self.client.key_value_set("ring_rl/failure", failure)
-                    # This process holds the store that the others must read it from.
-                    time.sleep(3.0)
-                if self._read("ring_rl/stop") is not None:
-                    self._answer()
-            except Exception:
-                # The store is gone, and process 0 with it: JAX's runtime ends this process, or it is ending anyway.
-                continue
-            if failure is not None and not self._over.is_set():
-                _print_error(failure)
-                _exit_at_once(1)
-
-    def turn(self, kind: str, name: str) -> str:
-        """A key that is new at each call and the same on every process."""
-        self._turns[name] = self._turns.get(name, 0) + 1
-        return f"ring_rl/{kind}/{name}/{self._turns[name]}"
-
-    def tell_failure(self, error: BaseException) -> None:
-        """Let the others end; whoever speaks first is heard."""
-        self._over.set()
-        reason = " ".join(str(error).split()) or type(error).__name__
-        with contextlib.suppress(Exception):
-            self.client.key_value_set("ring_rl/failure", f"process {self._id} failed: {reason}")
-            if self._id == 0:
-                time.sleep(3.0)
-
-    def agree_to_stop(self, done: int, requested: bool) -> bool:
-        """See the function of this name."""
-        if requested and not self._asked:
-            self._asked = True
-            self.client.key_value_set("ring_rl/stop", "asked", allow_overwrite=True)
-        with self._lock:
-            if not self._answered:
-                self._entered = done + 1
-                return False
-        if self._stop_after is None:
-            keys = [f"ring_rl/entered/{process}" for process in range(self._count)]
-            self._stop_after = max(int(self.client.blocking_key_value_get(key, _PATIENCE_MILLISECONDS)) for key in keys)
-        return done >= self._stop_after
-
-    def close(self) -> None:
-        """Stop watching: the processes are about to part."""
-        self._over.set()
-        self.join()
-
-    def _answer(self) -> None:
-        with self._lock:
-            if self._answered:
-                return
-            self._answered = True
-        # Not the main thread: it may be waiting for a step that another process has yet to enter.
-        self.client.key_value_set(f"ring_rl/entered/{self._id}", str(self._entered))
-
-    def _silent(self, beats: dict[str, tuple[str, float]]) -> str | None:
-        """A complaint about a process without a beat for too long; `beats` is the last one of each and its time."""
-        now = time.monotonic()
-        found = dict(self.client.key_value_dir_get("ring_rl/beat/"))
-        for process in range(self._count):
-            key = f"ring_rl/beat/{process}"
-            last, since = beats.get(key, ("", now))
-            if (newest := found.get(key, "")) != last:
-                since = now
-            beats[key] = (newest, since)
-            if now - since > self._timeout:
-                return (
-                    f"process {process} is lost, it was silent for {self._timeout:g} s; "
-                    f"start again to resume from the last checkpoint"
-                )
-        return None
-
-    def _read(self, key: str) -> str | None:
-        try:
-            return self.client.key_value_try_get(key)
-        except jax.errors.JaxRuntimeError as error:
-            if "NOT_FOUND" in str(error):
-                return None
-            raise
-
-
-_watch: _Watch | None = None
+_watch: ProcessWatch | None = None
 
 
 def _initialize(config: DistributedConfig) -> None:
@@ -310,6 +211,11 @@ def _initialize(config: DistributedConfig) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
+def _blames_another(error: BaseException) -> bool:
+    """Whether a collective failed, as it does where another process is gone: "Connection closed by peer"."""
+    return isinstance(error, (RuntimeError, ValueError)) and bool(re.search(r"gloo|nccl|peer|socket", str(error), re.I))
+
+
 def _leave() -> None:
     """Part in an orderly way: after this no process minds that another one is gone."""
     global _watch
@@ -320,20 +226,10 @@ def _leave() -> None:
     jax.distributed.shutdown()
 
 
-def _client() -> Any:
-    # JAX has no public name for the store's client; Orbax takes it from here too.
+def _runtime() -> Any:
+    """JAX's own record of the processes."""
+    # It has no public name, but Orbax takes it from here too. jax.process_index() would start the devices, and their
+    # number could not be chosen any more.
     from jax._src import distributed
 
-    return distributed.global_state.client
-
-
-def _print_error(message: str) -> None:
-    # Unbuffered and in one piece: other threads may be printing.
-    os.write(2, f"error: {message}\n".encode())
-
-
-def _exit_at_once(code: int) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(code)
+    return distributed.global_state
