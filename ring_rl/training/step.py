@@ -107,7 +107,7 @@ def make_train_step(
                 return loss.total, loss
 
             gradients, loss = jax.grad(total_loss, has_aux=True)(state.parameters)
-            # Said here, each gradient is scattered as soon as it is known, and none is ever whole on a device.
+            # Said here, XLA can scatter a gradient as soon as it is known instead of summing it in full everywhere.
             return jax.lax.with_sharding_constraint(gradients, gradient_shardings), loss
 
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -138,6 +138,7 @@ class _ShardedStep:
 
     def __init__(self, step_function: Callable[..., Any], optimizer: optax.GradientTransformation, mesh: Mesh):
         self._step_function, self._optimizer, self._mesh = step_function, optimizer, mesh
+        self._step: Any = None
 
     def __call__(self, state: TrainState, batch: Any, /) -> tuple[TrainState, dict[str, Array]]:
         return self._jitted(state)(state, batch)
@@ -152,8 +153,6 @@ class _ShardedStep:
                 self._step_function, donate_argnums=0, out_shardings=(shardings, replicated(self._mesh))
             )
         return self._step
-
-    _step: Any = None
 
 
 def compile_step(step: TrainStep, state: Any, batch: Any) -> jax.stages.Compiled:
