@@ -214,6 +214,12 @@ def test_a_ring_on_a_cpu_goes_a_few_heads_at_a_time():
     assert block.prefers_positions
 
 
+def test_a_ring_of_single_tiles_on_a_cpu_sends_all_heads_together():
+    block = select_block("auto", demand(devices=4), block_size=demand(devices=4).length)
+    assert block.heads_at_once is None
+    assert not block.prefers_positions
+
+
 @pytest.mark.parametrize(
     "cut", [{"segments": True}, {"relations": (Relation(Mask(causal=True, window=8)),)}], ids=["segments", "window"]
 )

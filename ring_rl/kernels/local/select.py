@@ -14,7 +14,9 @@ _log = logging.getLogger(__name__)
 
 # Largest edge of a tile of scores. On a CPU a ring has a thread for each device: one head's tile, 256 KiB, stays in a
 # core's cache; and where windows or documents end in the midst of tiles, smaller ones waste less on what is hidden.
-# A device alone has all cores: as many heads as cores and larger tiles are what XLA divides among them.
+# A shard of a single tile is another matter: transfers cost more than products, so all heads travel together, and
+# there is nothing to skip. A device alone has all cores: as many heads as cores and larger tiles are what XLA divides
+# among them.
 BLOCK_SIZE = 512
 RING_BLOCK_SIZE_ON_CPU = 256
 CUT_RING_BLOCK_SIZE_ON_CPU = 128
@@ -31,14 +33,7 @@ def block_named(name: LocalName, demand: Demand, *, block_size: int | None) -> L
     """
     if name == "xla":
         if jax.default_backend() == "cpu":
-            alone = demand.devices == 1
-            cut = demand.segments or any(relation.mask.window is not None for relation in demand.relations)
-            in_ring = CUT_RING_BLOCK_SIZE_ON_CPU if cut else RING_BLOCK_SIZE_ON_CPU
-            return XlaBlock(
-                block_size=block_size or (BLOCK_SIZE if alone else in_ring),
-                heads_at_once=(os.cpu_count() or 1) if alone else 1,
-                prefers_positions=True,
-            )
+            return _xla_on_cpu(demand, block_size)
         return XlaBlock(block_size=block_size or BLOCK_SIZE)
     if name == "cudnn":
         return CudnnBlock(log_sum_exp_gradient=demand.log_sum_exp_gradient)
@@ -69,3 +64,14 @@ def select_block(local: LocalName | LocalBlock, demand: Demand, *, block_size: i
         name = local if isinstance(local, str) else type(local).__name__
         raise ValueError(f'local attention block {name!r} cannot serve: {refusal}; local="xla" serves everything')
     return block
+
+
+def _xla_on_cpu(demand: Demand, block_size: int | None) -> XlaBlock:
+    if demand.devices == 1:
+        heads = os.cpu_count() or 1
+        return XlaBlock(block_size=block_size or BLOCK_SIZE, heads_at_once=heads, prefers_positions=True)
+    cut = demand.segments or any(relation.mask.window is not None for relation in demand.relations)
+    tile = block_size or (CUT_RING_BLOCK_SIZE_ON_CPU if cut else RING_BLOCK_SIZE_ON_CPU)
+    if demand.length <= tile:
+        return XlaBlock(block_size=tile)
+    return XlaBlock(block_size=tile, heads_at_once=1, prefers_positions=True)
