@@ -55,8 +55,20 @@ def run_entry_point(main: Callable[[], Any]) -> None:
     except HydraException as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        if not _is_failed_job(error):
+            raise
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"error: a job of the grid failed ({said[0]}: {said[-1]}); the others go on", file=sys.stderr)
+        sys.exit(1)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _is_failed_job(error: Exception) -> bool:
+    """Whether submitit says that a job of a multirun failed; only its launcher imports it."""
+    submitit = sys.modules.get("submitit.core.utils")
+    return submitit is not None and isinstance(error, (submitit.UncompletedJobError, submitit.FailedJobError))
 
 
 def _one_line(error: BaseException) -> str:
