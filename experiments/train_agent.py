@@ -12,12 +12,11 @@ from ring_rl.agent.chain_batch import BatchLayout, ChainSampler
 from ring_rl.agent.data import DataConfig, load_episodes
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import make_model
-from ring_rl.agent.tokens import tokens_per_step
+from ring_rl.agent.work import model_flops, tokens_per_chain
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
-from ring_rl.kernels.feedforward import check_chunks
 from ring_rl.kernels.layout import Layout
-from ring_rl.nn.parallel import SequenceParallel
+from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
 from ring_rl.training.distributed import DistributedConfig, is_main_process, joined
 from ring_rl.training.input import InputConfig
 from ring_rl.training.loop import LoopConfig
@@ -37,18 +36,30 @@ class BatchConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the devices that share a sequence meet; see `SequenceParallel`."""
+
+    strategy: SequenceStrategy
+    ulysses_size: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainAgentConfig:
     """Everything one training run is made of."""
 
     task: str
     seed: int
     run_dir: Path
+    dry_run: bool
+    device_memory_gib: float | None
     virtual_devices: int
     data: DataConfig
     agent: AgentConfig
     batch: BatchConfig
+    accumulation_steps: int
     input: InputConfig
     mesh: MeshConfig
+    parallel: ParallelConfig
     distributed: DistributedConfig
     optimizer: OptimizerConfig
     loop: LoopConfig
@@ -61,7 +72,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         raise ValueError("this script does not evaluate while it trains; set loop.evaluate_every=null")
     request_virtual_devices(config.virtual_devices)
     mesh = make_mesh(config.mesh)
-    parallel = SequenceParallel(mesh=mesh, layout=config.batch.layout)
+    parallel = SequenceParallel(mesh=mesh, layout=config.batch.layout, **dataclasses.asdict(config.parallel))
     episodes = load_episodes(config.data, task=config.task, progress=is_main_process())
     model = model_config(config.agent, episodes)
     sampler = ChainSampler(
@@ -70,10 +81,9 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         BatchLayout(ring_size=parallel.ring_size, **dataclasses.asdict(config.batch)),
         seed=config.seed,
     )
-    parallel.check(config.batch.batch_size, sampler.steps)
+    tokens = tokens_per_chain(model, steps=sampler.steps)
     if isinstance(config.agent, SequenceAgentConfig):
-        tokens = sampler.steps * tokens_per_step(config.agent.token_layout)
-        check_chunks(tokens, chunks=config.agent.transformer.feed_forward_chunks)
+        config.agent.transformer.check(parallel, batch=config.batch.batch_size, length=tokens)
 
     task = TrainingTask(
         make_model=lambda rngs: make_model(model, rngs),
@@ -83,6 +93,10 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         batch_size=config.batch.batch_size,
         layout=config.batch.layout,
         ring_size=parallel.ring_size,
+        tokens=config.batch.batch_size * tokens,
+        model_flops=lambda parameters: model_flops(
+            model, parameters, batch_size=config.batch.batch_size, steps=sampler.steps
+        ),
         extra={
             "label": config.agent.name,
             "task": config.task,
@@ -96,6 +110,9 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         RunConfig(
             run_dir=config.run_dir,
             seed=config.seed,
+            accumulation_steps=config.accumulation_steps,
+            dry_run=config.dry_run,
+            device_memory_gib=config.device_memory_gib,
             optimizer=config.optimizer,
             loop=config.loop,
             input=config.input,

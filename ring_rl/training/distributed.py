@@ -1,9 +1,9 @@
 """Several processes that train one model: how they find each other, agree, and notice a loss.
 
 JAX's own runtime joins the processes: process 0 also runs a coordination service, a small key-value store that every
-process reaches without its devices. A thread in each process
-(`ring_rl.training.process_watch`) beats there once a second and reads what the others say. So a process that is stuck in
-a collective, because another one died, ends with one line instead of hanging.
+process reaches without its devices. A thread in each process (`ring_rl.training.process_watch`) beats there once a
+second and reads what the others say. So a process that is stuck in a collective, because another one died, ends with
+one line instead of hanging.
 
     a process raises                 it says so; the others end within seconds
     a process dies without a word    it stops beating; the others end after `heartbeat_timeout_seconds`

@@ -18,14 +18,18 @@ from ring_rl.atomic_file import write_whole
 from ring_rl.kernels.layout import Layout
 from ring_rl.training.checkpoint import Checkpointer
 from ring_rl.training.distributed import is_main_process
+from ring_rl.training.dry_run import dry_run, print_dry_run
 from ring_rl.training.input import InputConfig, RowSource, RowStream
 from ring_rl.training.loop import LoopConfig, train
+from ring_rl.training.mesh import batch_sharding
 from ring_rl.training.metrics import ConsoleWriter, JsonlWriter, MetricsWriter, WandbConfig, WandbWriter
 from ring_rl.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
-from ring_rl.training.plots import plot_learning_curve
+from ring_rl.training.plots import plot_learning_curve, plot_run
+from ring_rl.training.provenance import record_start
 from ring_rl.training.run_directory import RunDirectory, open_run_directory
-from ring_rl.training.state import TrainState, create_state
+from ring_rl.training.state import abstract_state, create_state
 from ring_rl.training.step import LossFunction, compile_step, compiled_report, make_train_step
+from ring_rl.training.throughput import StepWork, peak_flops_per_second
 
 __all__ = ["MAY_DIFFER", "RunConfig", "TrainingTask", "run_training"]
 
@@ -40,6 +44,7 @@ MAY_DIFFER = (
     "distributed",
     "input",
     "dry_run",
+    "device_memory_gib",
     "wandb",
     "loop.log_every",
     "loop.keep_checkpoints",
@@ -62,7 +67,9 @@ class TrainingTask:
         rows: makes the rows of a batch.
         batch_size: rows of a global batch.
         layout: the order that tokens lie in on the ring.
-        ring_size: devices that share one sequence.
+        ring_size: devices that share one sequence, as the layout counts them.
+        tokens: of the global batch, padding included.
+        model_flops: of a step, as a function of the parameters; arrays or `jax.ShapeDtypeStruct`s serve.
         extra: plain JSON that every checkpoint carries.
     """
 
@@ -73,6 +80,8 @@ class TrainingTask:
     batch_size: int
     layout: Layout
     ring_size: int
+    tokens: int
+    model_flops: Callable[[nnx.State], int]
     extra: Mapping[str, Any]
 
 
@@ -83,6 +92,9 @@ class RunConfig:
     Attributes:
         run_dir: the run's folder; the same one again goes on.
         seed: of the parameters and of the randomness inside the loss.
+        accumulation_steps: microbatches that a batch is cut into, one after another in the memory of one.
+        dry_run: compile, report what a step needs, and stop before anything is made.
+        device_memory_gib: of one device, for the dry run; null asks the device.
         optimizer: see `OptimizerConfig`.
         loop: see `LoopConfig`.
         input: see `InputConfig`.
@@ -91,6 +103,9 @@ class RunConfig:
 
     run_dir: pathlib.Path
     seed: int
+    accumulation_steps: int
+    dry_run: bool
+    device_memory_gib: float | None
     optimizer: OptimizerConfig
     loop: LoopConfig
     input: InputConfig
@@ -134,7 +149,7 @@ def run_training(
         headline: printed when the run folder is open.
 
     Returns:
-        None where the run was complete already; its picture is drawn again.
+        None after a dry run, and where the run was complete already; its pictures are drawn again.
 
     Raises:
         ValueError, OSError: see `open_run_directory`, `Checkpointer` and `train`.
@@ -150,7 +165,33 @@ def run_training(
         ring_size=task.ring_size,
         config=config.input,
     )
+    # Whatever the mesh cannot divide is refused before there is a folder.
+    batch_sharding(mesh, stream.abstract_batch, accumulation_steps=config.accumulation_steps)
     optimizer = make_optimizer(config.optimizer, total_steps=config.loop.steps)
+    graphdef, abstract = abstract_state(task.make_model, optimizer, mesh=mesh)
+    model_flops = task.model_flops(abstract.parameters)
+    step = make_train_step(
+        task.loss_function,
+        graphdef,
+        optimizer,
+        mesh,
+        seed=config.seed,
+        accumulation_steps=config.accumulation_steps,
+        learning_rate=lambda step: learning_rate_at(config.optimizer, step, config.loop.steps),
+    )
+    if config.dry_run:
+        report = dry_run(
+            step,
+            abstract,
+            stream.abstract_batch,
+            mesh=mesh,
+            tokens=task.tokens,
+            model_flops=model_flops,
+            device_memory_gib=config.device_memory_gib,
+        )
+        if main:
+            print_dry_run(report)
+        return None
     with (
         contextlib.closing(stream),
         open_run_directory(config.run_dir, resolved, may_differ=may_differ) as run,
@@ -163,7 +204,7 @@ def run_training(
         ) as checkpointer,
     ):
         _say(headline)
-        graphdef, state = create_state(task.make_model, optimizer, seed=config.seed, mesh=mesh)
+        _, state = create_state(task.make_model, optimizer, seed=config.seed, mesh=mesh)
         recent_losses: list[float] = []
         if checkpointer.latest_step() is not None:
             state, metadata = checkpointer.restore_latest(state)
@@ -178,17 +219,10 @@ def run_training(
 
         # Batches are made while the step is compiled.
         stream.start()
-        step = make_train_step(
-            task.loss_function,
-            graphdef,
-            optimizer,
-            mesh,
-            seed=config.seed,
-            learning_rate=lambda step: learning_rate_at(config.optimizer, step, config.loop.steps),
-        )
         compiled = compile_step(step, state, stream.abstract_batch)
         report = compiled_report(compiled)
         if main:
+            record_start(run.path, start)
             write_whole(run.path / "compiled.json", json.dumps({"mesh": dict(mesh.shape), **report}, indent=2) + "\n")
         with contextlib.ExitStack() as stack:
             writers = _open_writers(stack, run, config, start=start, resolved=resolved) if main else []
@@ -200,11 +234,23 @@ def run_training(
                 checkpointer=checkpointer,
                 writers=writers,
                 run_folder=run.path,
+                work=_work(task, config, mesh, model_flops),
                 recent_losses=recent_losses,
                 progress=main,
             )
         _draw(run)
-        return FinishedRun(_parameter_count(state), time.perf_counter() - begin, report)
+        parameters = sum(x.size for x in jax.tree.leaves(state.parameters))
+        return FinishedRun(parameters, time.perf_counter() - begin, report)
+
+
+def _work(task: TrainingTask, config: RunConfig, mesh: Mesh, model_flops: int) -> StepWork:
+    device = mesh.devices.flat[0]
+    return StepWork(
+        tokens=task.tokens,
+        model_flops=model_flops,
+        devices=mesh.size,
+        peak_flops_per_second=peak_flops_per_second(device, configured=config.loop.peak_flops_per_second),
+    )
 
 
 def _open_writers(
@@ -223,13 +269,10 @@ def _open_writers(
     return writers
 
 
-def _parameter_count(state: TrainState) -> int:
-    return sum(x.size for x in jax.tree.leaves(state.parameters))
-
-
 def _draw(run: RunDirectory) -> None:
     if is_main_process():
         plot_learning_curve(run.metrics, run.plots / "learning_curve.png")
+        plot_run(run.metrics, run.plots / "run.png")
 
 
 def _say(line: str) -> None:

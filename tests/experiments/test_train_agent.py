@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ring_rl.training.metrics import read_metrics
@@ -29,6 +30,34 @@ def test_a_run_leaves_everything_behind_and_the_ring_really_ran(train, tmp_path,
     assert len(losses(tmp_path / "run")) == 6
     for name in ("config.yaml", "checkpoints/6", "plots/learning_curve.png"):
         assert (tmp_path / "run" / name).exists(), name
+
+
+def test_a_dry_run_says_what_a_step_needs_and_makes_nothing(train, tmp_path, capsys):
+    train(tmp_path / "run", "dry_run=true", "device_memory_gib=0.0001")
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    values = dict(word.split("=") for word in last.split())
+    # Two chains of two trajectories of 250 decisions, padded from 500 to 512, one token each.
+    assert values["tokens_per_step"] == "1024"
+    assert int(values["model_flops_per_step"]) > 0
+    assert int(values["needed_bytes"]) > int(values["state_bytes"]) > 0
+    assert values["fits"] == "false"
+    assert not (tmp_path / "run").exists()
+
+
+def test_meshes_strategies_and_microbatches_give_the_same_curve(train, tmp_path):
+    """A run may go on with other devices; what it computes does not depend on them."""
+    train(tmp_path / "ring")
+    train(
+        tmp_path / "other",
+        "mesh.fsdp=2",
+        "mesh.sp=4",
+        "parallel.strategy=hybrid",
+        "parallel.ulysses_size=2",
+        "input.threads=2",
+    )
+    train(tmp_path / "cut", "mesh.sp=4", "accumulation_steps=2")
+    for name in ("other", "cut"):
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "ring"), rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("agent", ["decision_transformer", "behaviour_cloning"])
@@ -198,8 +227,6 @@ def test_a_complete_run_is_left_as_it_is_and_its_picture_redrawn(train, tmp_path
 
 
 def test_nan_in_the_data_is_refused(call_script, refused, tmp_path):
-    import numpy as np
-
     buffer = tmp_path / "cartpole" / "policy_search_cartpole_swingup" / "buffer"
     buffer.mkdir(parents=True)
     np.savez(
