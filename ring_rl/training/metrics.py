@@ -15,6 +15,7 @@ import rich
 from rich.console import Console
 
 from ring_rl.atomic_file import write_whole
+from ring_rl.training.interrupt import TrainingInterrupted
 
 __all__ = [
     "PERFORMANCE_PREFIX",
@@ -38,8 +39,8 @@ class MetricsWriter(Protocol):
         """Record the metrics after `step` optimizer steps."""
         ...
 
-    def close(self) -> None:
-        """Flush and release."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Flush and release; `error` is what ended the training early."""
         ...
 
 
@@ -71,7 +72,7 @@ class JsonlWriter:
         except OSError as error:
             raise OSError(error.errno, f"metrics cannot be written: {error.strerror}", str(self._path)) from error
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Flush to the disk and close."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
@@ -102,7 +103,7 @@ class ConsoleWriter:
         values = "  ".join(f"{name.removeprefix(PERFORMANCE_PREFIX)} {value:.5g}" for name, value in metrics.items())
         self._console.print(f"step {step:>7}  {values}", highlight=False, markup=False, soft_wrap=True)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Nothing to release."""
 
 
@@ -172,11 +173,14 @@ class WandbWriter:
         if self._run is not None:
             self._run.log(dict(metrics), step=step)
 
-    def close(self) -> None:
-        """Finish the run's upload or file."""
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+    def close(self, error: BaseException | None = None) -> None:
+        """Finish the run's upload or file: as finished; as preempted, which a sweep hands out again; or as failed."""
+        if self._run is None:
+            return
+        if isinstance(error, TrainingInterrupted):
+            self._run.mark_preempting()
+        self._run.finish(exit_code=0 if error is None else 1)
+        self._run = None
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

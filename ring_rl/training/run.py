@@ -264,7 +264,7 @@ def _open_writers(
         lambda: WandbWriter(config.wandb, folder=run.path, run_config=resolved),
     ):
         writer = make()
-        stack.callback(writer.close)
+        stack.push(lambda _kind, error, _traceback, writer=writer: writer.close(error))
         writers.append(writer)
     return writers
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from ring_rl.training.interrupt import TrainingInterrupted
 from ring_rl.training.metrics import (
     ConsoleWriter,
     JsonlWriter,
@@ -130,6 +131,35 @@ def test_offline_wandb_keeps_its_run_in_the_folder_and_is_silent(tmp_path, capfd
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (None, [("finish", 0)]),
+        (TrainingInterrupted("saved"), [("mark_preempting",), ("finish", 1)]),
+        (ValueError("diverged"), [("finish", 1)]),
+    ],
+)
+def test_wandb_is_told_how_the_run_ended(tmp_path, monkeypatch, error, told):
+    """A sweep hands a run out again that was marked as preempting and did not finish with 0."""
+    import wandb
+
+    heard = []
+
+    class Run:
+        def mark_preempting(self):
+            heard.append(("mark_preempting",))
+
+        def finish(self, exit_code):
+            heard.append(("finish", exit_code))
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    config = WandbConfig(mode="offline", project="p", entity=None, name=None)
+    writer = WandbWriter(config, folder=tmp_path, run_config={})
+    writer.close(error)
+    writer.close(error)
+    assert heard == told
 
 
 def test_wandb_that_cannot_start_says_what_to_do(tmp_path, monkeypatch):
