@@ -175,7 +175,8 @@ def _best_by_own_account(folder: pathlib.Path, newest: int) -> int:
 
 
 def _read_metrics(checkpoint: pathlib.Path) -> dict[str, float]:
-    if not (checkpoint / "metrics").exists():
+    # None were asked for, or a killed process was about to delete this checkpoint.
+    if not (checkpoint / "metrics" / "metrics").exists():
         return {}
     # The handler alone: a reader would wait for the other processes, which may see other checkpoints yet.
     return dict(ocp.JsonCheckpointHandler(filename="metrics").restore(epath.Path(checkpoint / "metrics")))

@@ -180,7 +180,7 @@ def test_evaluation_reads_numpy_parameters(tmp_path):
     model = Mlp(nnx.Rngs(9))
     graphdef, target = nnx.split(model, nnx.Param)
     nnx.replace_by_pure_dict(target, parameters)
-    inputs = np.ones((1, 8), np.float32)
+    inputs = jnp.ones((1, 8), jnp.float32)
     expected = nnx.merge(graphdef, jax.device_get(state.parameters))(inputs)
     np.testing.assert_array_equal(nnx.merge(graphdef, target)(inputs), expected)
     assert load_for_evaluation(tmp_path)[0].step == 5

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ class ListWriter:
     def write(self, step, metrics):
         self.records.append((step, dict(metrics)))
 
-    def close(self):
+    def close(self, error=None):
         pass
 
 
@@ -90,9 +92,9 @@ def run(
     folder: pathlib.Path,
     *,
     state: TrainState | None = None,
-    batch_at=float,
+    batch_at: Callable[[int], float] = float,
     batches_end: int = 99,
-    step_function=add_batch,
+    step_function: Callable[..., Any] = add_batch,
     options: dict | None = None,
     **changes,
 ) -> tuple[TrainState, list[tuple[int, dict[str, float]]]]:
