@@ -41,12 +41,10 @@ class Bounds(NamedTuple):
     open_stop: Int[Array | np.ndarray, "*b rows"]
     stop: Int[Array | np.ndarray, "*b rows"]
 
-    @property
-    def all_open(self) -> bool:
-        """Whether it is known now that no tile needs a mask."""
-        if not all(isinstance(x, np.ndarray) for x in self):
-            return False
-        return bool(np.all(self.first == self.open_first) and np.all(self.stop == self.open_stop))
+    def known_equal(self, one: str, other: str) -> bool:
+        """Whether it is known now that two of them are the same in every row."""
+        a, b = getattr(self, one), getattr(self, other)
+        return isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and bool(np.all(a == b))
 
 
 def visible_tiles(
@@ -75,7 +73,8 @@ def bounds(reachable: Bool[Array | np.ndarray, "*b rows columns"], is_open: Bool
     least = lambda shown: numpy.min(numpy.where(shown, index, count), axis=-1)  # noqa: E731
     stop = numpy.max(numpy.where(reachable, index + 1, 0), axis=-1)
     first = numpy.minimum(least(reachable), stop)
-    open_first = numpy.minimum(least(is_open), stop)
+    # Where none is open the masked ones are those after it: causal rows need no loop before their open tiles.
+    open_first = numpy.where(least(is_open) < stop, least(is_open), first)
     closed_after = ~is_open & (index >= open_first[..., None])
     open_stop = numpy.maximum(numpy.minimum(least(closed_after), stop), open_first)
     return Bounds(*(x.astype(np.int32) for x in (first, open_first, open_stop, stop)))

@@ -95,7 +95,7 @@ class XlaBlock:
             zeros = jnp.zeros(q_tile.shape, jnp.float32)
             maxima = jnp.full(q_tile.shape[:-1], _LEAST_MAXIMUM, jnp.float32)
             step = lambda j, carry, masked: attend(carry, kT, q_tile, i, j, masked=masked)  # noqa: E731
-            carry = _sweep(limits, step, work.vary(zeros, maxima, zeros[..., 0]), all_open=reach.all_open)
+            carry = _sweep(limits, step, work.vary(zeros, maxima, zeros[..., 0]), reach)
             numerator, maximum, denominator = carry
             seen = denominator > 0
             divisor = jnp.where(seen, denominator, 1.0)
@@ -161,7 +161,7 @@ class XlaBlock:
             zeros = jnp.zeros(k_tile.shape, jnp.float32)
             step = lambda i, carry, masked: accumulate(carry, tiles, transposed, i, j, masked=masked)  # noqa: E731
             carry = (dqT_tiles, *work.vary(zeros, zeros))
-            dqT_tiles, dk, dv = _sweep(limits, step, carry, all_open=reach.all_open)
+            dqT_tiles, dk, dv = _sweep(limits, step, carry, reach)
             return (dqT_tiles, transposed), (dk, dv)
 
         def every_column() -> tuple[Array, ...]:
@@ -351,13 +351,15 @@ def _pad(x: Array, axis: int, padding: int, value: float) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _sweep(limits: Bounds, step, carry, *, all_open: bool):
-    """`carry` after every reachable tile of a row: masked ones, open ones, masked ones."""
-    if all_open:
-        return lax.fori_loop(limits.first, limits.stop, lambda j, carry: step(j, carry, False), carry)
-    carry = lax.fori_loop(limits.first, limits.open_first, lambda j, carry: step(j, carry, True), carry)
-    carry = lax.fori_loop(limits.open_first, limits.open_stop, lambda j, carry: step(j, carry, False), carry)
-    return lax.fori_loop(limits.open_stop, limits.stop, lambda j, carry: step(j, carry, True), carry)
+def _sweep(limits: Bounds, step, carry, reach: Bounds):
+    """`carry` after every reachable tile of a row: masked ones, open ones, masked ones; `reach` is all rows' limits."""
+    stretches = (("first", "open_first", True), ("open_first", "open_stop", False), ("open_stop", "stop", True))
+    for start, stop, masked in stretches:
+        # A loop that never runs would be compiled all the same.
+        if not reach.known_equal(start, stop):
+            begin, end = getattr(limits, start), getattr(limits, stop)
+            carry = lax.fori_loop(begin, end, lambda j, carry, masked=masked: step(j, carry, masked), carry)
+    return carry
 
 
 def _tied(queries: Queries, keys: Keys) -> tuple[Queries, Keys]:
