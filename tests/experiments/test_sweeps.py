@@ -1,9 +1,12 @@
 """Every combination that a sweep of conf/sweep/ names is a configuration that trains, in a folder of its own."""
 
 import itertools
+import os
+import signal
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 from hydra import compose, initialize_config_dir
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
@@ -105,23 +108,53 @@ def test_no_two_runs_share_a_folder_and_none_has_one_by_chance(path, inside_a_sw
             resolve(composed)
 
 
-def test_a_sweep_run_trains_logs_its_metric_and_goes_on_where_it_was_cut_off(
-    data_root, tmp_path, inside_a_sweep, call_script
+def test_a_preempted_run_is_handed_back_to_the_sweep_and_goes_on(
+    data_root, tmp_path, inside_a_sweep, call_script, monkeypatch
 ):
-    """The optimizer sweep's command with one combination, small; then again, as after a preemption."""
+    """The optimizer sweep's command with one combination, small; wandb's side is played by a stand-in."""
+    told = []
+    preempt = False
+
+    class Run:
+        def log(self, metrics, step):
+            nonlocal preempt
+            if preempt:
+                # Once: a second signal ends a run without saving.
+                preempt = False
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def mark_preempting(self):
+            told.append("preempting")
+
+        def finish(self, exit_code):
+            told.append(exit_code)
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
     sweep = load(REPOSITORY / "conf" / "sweep" / "optimizer.yaml")
-    given = overrides(sweep, next(combinations(sweep)))
-    small = ["agent=behaviour_cloning", "batch.batch_size=2", "loop.log_every=1", "loop.checkpoint_every=2"]
-    small += ["loop.steps=4", "wandb.mode=disabled", f"data.root={data_root}"]
-    folders = [text.replace("experiments/runs", str(tmp_path)) for text in given]
-    call_script("train_agent", *folders, *small)
-    run = tmp_path / "sweep" / "sweep1" / "run1"
-    first = read_metrics(run / "metrics.jsonl")
+    given = [text.replace("experiments/runs", str(tmp_path)) for text in overrides(sweep, next(combinations(sweep)))]
+    small = ["agent=behaviour_cloning", "batch.batch_size=2", "loop.log_every=1", "loop.steps=6"]
+    # The command's own wandb.mode=online stays.
+    small += [f"data.root={data_root}", "virtual_devices=1", "mesh.sp=1"]
+
+    def train():
+        call_script("train_agent", *given, *small)
+
+    def metrics(run):
+        return read_metrics(tmp_path / "sweep" / "sweep1" / run / "metrics.jsonl")
+
+    train()
+    assert told == [0]
     for path in SWEEPS:
-        assert all(load(path)["metric"]["name"] in record for record in first), path
-    # What a kill after step 3 leaves.
-    (run / "checkpoints" / "4").rename(tmp_path / "lost")
-    call_script("train_agent", *folders, *small)
-    again = read_metrics(run / "metrics.jsonl")
-    assert [(record["step"], record["loss"]) for record in again] == [(r["step"], r["loss"]) for r in first]
-    assert (run / "metrics.superseded.jsonl").exists()
+        assert all(load(path)["metric"]["name"] in record for record in metrics("run1")), path
+
+    inside_a_sweep("run2")
+    preempt = True
+    with pytest.raises(SystemExit) as stopped:
+        train()
+    assert stopped.value.code == 130
+    assert told == [0, "preempting", 1]
+    assert len(metrics("run2")) < 6
+    train()
+    assert told == [0, "preempting", 1, 0]
+    losses = [[(record["step"], record["loss"]) for record in metrics(run)] for run in ("run1", "run2")]
+    assert losses[0] == losses[1]
