@@ -18,8 +18,6 @@ import time
 
 # What a process may need to save its state after a signal, before it is killed.
 PATIENCE_SECONDS = 600.0
-# What the others may need to say why they end, after one has failed.
-LAST_WORDS_SECONDS = 10.0
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,6 +26,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, required=True, help="how many")
     parser.add_argument(
         "--devices", nargs="+", metavar="IDS", help="GPUs of each process, such as: 0,1 2,3 (default: all for each)"
+    )
+    parser.add_argument(
+        "--last-words",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long the others may go on after one has failed, to notice it and to say so (default: 60)",
     )
     parser.add_argument("command", nargs="+", metavar="-- SCRIPT [OVERRIDES]", help="an entry point and its overrides")
     options = parser.parse_args(arguments)
@@ -82,7 +87,7 @@ def copy_lines(number: int, source, target) -> None:
         target.flush()
 
 
-def wait(processes: list[subprocess.Popen]) -> int:
+def wait(processes: list[subprocess.Popen], *, last_words_seconds: float) -> int:
     """The first exit code that is not 0, once all have ended; a failed one takes the others with it."""
     first = 0
     kill_at = None
@@ -92,7 +97,7 @@ def wait(processes: list[subprocess.Popen]) -> int:
             first = failed
             # One that was interrupted has saved its state, and so will the others.
             interrupted = failed == 128 + signal.SIGINT
-            kill_at = time.monotonic() + (PATIENCE_SECONDS if interrupted else LAST_WORDS_SECONDS)
+            kill_at = time.monotonic() + (PATIENCE_SECONDS if interrupted else last_words_seconds)
         if kill_at is not None and time.monotonic() > kill_at:
             for process in processes:
                 send(process, signal.SIGKILL)
@@ -125,7 +130,7 @@ def main() -> int:
     ]
     for copier in copiers:
         copier.start()
-    code = wait(processes)
+    code = wait(processes, last_words_seconds=options.last_words)
     for copier in copiers:
         copier.join()
     if code:

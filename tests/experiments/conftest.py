@@ -82,13 +82,22 @@ def call_script(load_script):
     return call
 
 
-@pytest.fixture
-def train(call_script, data_root):
+@pytest.fixture(scope="session")
+def train_options(data_root):
+    """Overrides that train a small agent for a few steps."""
+
+    def options(run_dir, *, small=True):
+        return [f"run_dir={run_dir}", f"data.root={data_root}", *(SMALL if small else []), *BRIEF]
+
+    return options
+
+
+@pytest.fixture(scope="session")
+def train(call_script, train_options):
     """Trains a small agent; more overrides win."""
 
     def call(run_dir, *overrides, small=True):
-        options = [f"run_dir={run_dir}", f"data.root={data_root}", *(SMALL if small else []), *BRIEF]
-        call_script("train_agent", *options, *overrides)
+        call_script("train_agent", *train_options(run_dir, small=small), *overrides)
 
     return call
 

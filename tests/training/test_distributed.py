@@ -85,13 +85,21 @@ def start(body: str) -> list[subprocess.Popen]:
     ]
 
 
+def wait(processes: list[subprocess.Popen]) -> None:
+    """Until all have ended, a minute at most: rounds are counted, so that a suspended machine does not count."""
+    for _ in range(600):
+        if all(process.poll() is not None for process in processes):
+            return
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+    raise AssertionError(f"after a minute still running: {[process.returncode for process in processes]}")
+
+
 def finish(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list[str]]:
     """Exit codes, what they said, and their complaints."""
-    try:
-        outputs = [process.communicate(timeout=90) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    wait(processes)
+    outputs = [process.communicate() for process in processes]
     codes = [process.returncode for process in processes]
     said = ["\n".join(line for line in out.splitlines() if "Gloo" not in line) for out, _ in outputs]
     complaints = [
@@ -138,7 +146,6 @@ with StopRequest() as stop:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_process_ends_the_other_with_its_words(failing):
-    begin = time.monotonic()
     codes, _, complaints = finish(
         start(
             f"""
@@ -151,7 +158,6 @@ for done in steps(0.01):
     assert codes == [1, 1]
     assert complaints[failing] == "error: no more rows"
     assert complaints[1 - failing] == f"error: process {failing} failed: no more rows"
-    assert time.monotonic() - begin < 60
 
 
 def test_a_killed_process_ends_the_other_although_it_waits_in_a_collective():
@@ -159,14 +165,12 @@ def test_a_killed_process_ends_the_other_although_it_waits_in_a_collective():
     assert processes[1].stdout is not None
     while "runs" not in processes[1].stdout.readline():
         assert processes[1].poll() is None
-    killed = time.monotonic()
     processes[1].send_signal(signal.SIGKILL)
     codes, _, complaints = finish(processes)
     assert codes == [1, -signal.SIGKILL]
     assert complaints[0] == (
         "error: process 1 is lost, it was silent for 5 s; start again to resume from the last checkpoint"
     )
-    assert time.monotonic() - killed < 60
 
 
 def test_the_death_of_the_main_process_ends_the_others_too():
@@ -174,13 +178,11 @@ def test_the_death_of_the_main_process_ends_the_others_too():
     assert processes[0].stdout is not None
     while "runs" not in processes[0].stdout.readline():
         assert processes[0].poll() is None
-    killed = time.monotonic()
     processes[0].send_signal(signal.SIGKILL)
-    _, errors = processes[1].communicate(timeout=60)
-    processes[0].communicate()
-    assert processes[1].returncode not in (0, None)
+    wait(processes)
+    _, errors = processes[1].communicate()
+    assert processes[1].returncode != 0
     assert "another task died" in errors
-    assert time.monotonic() - killed < 60
 
 
 def test_one_process_alone_agrees_with_itself():
