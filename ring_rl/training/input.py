@@ -160,7 +160,7 @@ class RowStream:
         return self._batches[step]
 
     def close(self) -> None:
-        """Stop preparing batches; a row that is being made is finished in its thread, nobody waits for it."""
+        """Stop preparing batches. Rows in the making are finished in their thread; only the end of Python waits."""
         self._iterator.close()
 
 
