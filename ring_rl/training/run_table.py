@@ -80,8 +80,8 @@ def make_table(
             configuration that is told apart by its `name`, what follows from the name is not shown then.
 
     Raises:
-        ValueError: no run counts; two runs are the same configuration and seed; or the rows look alike under
-            `keys`.
+        ValueError: no run counts; two runs are the same configuration and seed; `keys` names what no run has, or
+            leaves rows alike.
     """
     counted = [run for run in runs if run.problem is None]
     left_out = tuple(run for run in runs if run.problem is not None)
@@ -103,6 +103,11 @@ def make_table(
                 f"they would pass for two seeds, so collect one of them only"
             )
         by_seed[seed] = run
+    if unknown := [key for key in keys or () if key not in stated]:
+        raise ValueError(
+            f"{', '.join(unknown)} in keys is no setting of these runs, or is ignored; "
+            f"the settings that differ are {', '.join(differing) or 'none'}"
+        )
     shown = _without_consequences(differing, readable) if keys is None else list(keys)
     _require_told_apart(list(groups.values()), shown, differing)
     rows = []
