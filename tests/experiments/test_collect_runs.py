@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from ring_rl.training.run import MAY_DIFFER
 
 REPOSITORY = Path(__file__).parents[2]
 OUTPUTS = {"table.csv", "table.md", "runs.csv", "summary.json", "loss_curves.png", "loss_final.png"}
@@ -107,6 +111,16 @@ def test_a_run_of_the_trainer_is_collected(train, call_script, tmp_path, capsys)
     call_script("collect", f"runs=[{tmp_path / 'runs'}]", f"output={tmp_path / 'out'}", config_name="collect_runs")
     assert "configurations=1 runs=2 counted=2 left_out=0" in capsys.readouterr().out.splitlines()[-1]
     assert "not recorded" not in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_what_is_ignored_are_keys_of_the_trainer_and_all_that_say_nothing_about_a_result():
+    """Another mesh or number of microbatches is a comparison that people make, so those stay."""
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        ignored = compose("collect_runs").ignore
+        trainer = compose("train_agent")
+    for key in ignored:
+        assert OmegaConf.select(trainer, key, default="absent") != "absent", key
+    assert set(MAY_DIFFER) - {"mesh", "parallel", "accumulation_steps"} <= set(ignored)
 
 
 def test_the_script_runs_from_the_command_line(runs, tmp_path):
