@@ -24,11 +24,12 @@ def rematerialised(layer: Callable[..., Any], saved_activations: SavedActivation
     offload     what "attention" keeps, in the host's memory: it travels there while forward goes on, and back
                 while backward does
     """
-    if saved_activations == "all":
-        return layer
     policies = jax.checkpoint_policies
-    if saved_activations == "attention":
-        policy = policies.save_only_these_names(*ATTENTION_NAMES)
+    attention = policies.save_only_these_names(*ATTENTION_NAMES)
+    if saved_activations == "all":
+        policy = policies.save_from_both_policies(policies.dots_saveable, attention)
+    elif saved_activations == "attention":
+        policy = attention
     elif saved_activations == "offload":
         policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
