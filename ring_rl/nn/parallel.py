@@ -29,7 +29,8 @@ class SequenceParallel:
         ulysses_size: With strategy="hybrid": how many neighbours on `sequence_axis` swap tokens for heads, inside a
             ring of the groups of them. 1 otherwise.
         batch_axes: The mesh axes that batches are sharded over.
-        weight_axis: The mesh axis over which the width of weights is sharded; they are gathered for use.
+        weight_axes: The mesh axes over which, together, the width of weights is sharded; they are gathered for use.
+            With `sequence_axis` among them the devices that share a sequence share the weights, too.
         tensor_axis: The mesh axis that heads, the feed-forward's width and the vocabulary are sharded over.
         sequence_axis: The mesh axis that token axes are sharded over.
     """
@@ -39,7 +40,7 @@ class SequenceParallel:
     strategy: SequenceStrategy = "ring"
     ulysses_size: int = 1
     batch_axes: tuple[str, ...] = ("dp", "fsdp")
-    weight_axis: str = "fsdp"
+    weight_axes: tuple[str, ...] = ("fsdp",)
     tensor_axis: str = "tp"
     sequence_axis: str = "sp"
 
@@ -133,12 +134,18 @@ class SequenceParallel:
             shape = (*devices.shape[:at], self.ring_size, self.ulysses_size, *devices.shape[at + 1 :])
             devices = np.asarray(devices, dtype=object).reshape(shape)
         types = (self.mesh.axis_types[0],) * len(names)
+        weight_axes = tuple(
+            name
+            for axis in self.weight_axes
+            if self.size(axis) > 1
+            for name in (sequence_axes if axis == self.sequence_axis else (axis,))
+        )
         return LocalParallel(
             mesh=self.mesh if len(names) == len(self.mesh.axis_names) else Mesh(devices, names, axis_types=types),
             layout=self.layout,
             strategy=self.strategy,
             batch_axes=self._present(self.batch_axes),
-            weight_axis=self.weight_axis if self.size(self.weight_axis) > 1 else None,
+            weight_axes=weight_axes,
             tensor_axis=self.tensor_axis if self.size(self.tensor_axis) > 1 else None,
             sequence_axes=sequence_axes,
         )
@@ -156,7 +163,7 @@ class LocalParallel:
         layout: As in `SequenceParallel`.
         strategy: As in `SequenceParallel`.
         batch_axes: Mesh axes that the batch is sharded over.
-        weight_axis: The mesh axis that weights are gathered over, or None.
+        weight_axes: The mesh axes that weights are gathered over.
         tensor_axis: The mesh axis whose devices share the heads, or None.
         sequence_axes: The mesh axes that tokens are sharded over: none, one, or (ring, ulysses).
     """
@@ -165,7 +172,7 @@ class LocalParallel:
     layout: Layout
     strategy: SequenceStrategy
     batch_axes: tuple[str, ...]
-    weight_axis: str | None
+    weight_axes: tuple[str, ...]
     tensor_axis: str | None
     sequence_axes: tuple[str, ...]
 

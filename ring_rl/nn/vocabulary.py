@@ -1,6 +1,6 @@
 """Tokens in and tokens out: an embedding, and a head whose loss never holds the logits of all tokens.
 
-The vocabulary is sharded over the tensor axis, where that divides it, and the width over the weight axis.
+The vocabulary is sharded over the tensor axis, where that divides it, and the width over the weight axes.
 """
 
 import jax
@@ -46,11 +46,11 @@ class Vocabulary(nnx.Module):
         Each device looks up what its share of the vocabulary holds: one sum over the tensor axis of B T M elements.
         """
         local = parallel.local()
-        state = nnx.state(self, lambda path, _: path == ("embedding",))
+        _, state, _ = nnx.split(self, lambda path, _: path == ("embedding",), ...)
         specs = weight_specs(state, local)
 
         def look_up(state: nnx.State, tokens: Array) -> Array:
-            table = gathered(state, specs, local, dtype=self.dtype)["embedding"].get_value()
+            (table,) = jax.tree.leaves(gathered(state, specs, local, dtype=self.dtype))
             return _rows(table, tokens, self.dtype, local, sharded=table.shape[0] < self.size)
 
         tokens_spec = local.token_spec
@@ -93,7 +93,7 @@ class Vocabulary(nnx.Module):
         parallel.check(*targets.shape)
         local, mesh = parallel.local(), parallel.mesh
         tensor_axis = local.tensor_axis if self.size % parallel.tensor_devices == 0 else None
-        # Gathered over the weight axis here, and its gradient put back; left to the compiler, as only the tensor axis
+        # Gathered over the weight axes here, and its gradient put back; left to the compiler, as only the tensor axis
         # is in its hands inside.
         head = lax.with_sharding_constraint(
             self._head().astype(self.dtype), NamedSharding(mesh, PartitionSpec(None, tensor_axis))

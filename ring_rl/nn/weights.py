@@ -5,6 +5,7 @@ parallelism works with stays; over the other, the width, they are gathered right
 parallelism: arXiv:1910.02054, stage 3) and their gradients are summed and scattered right after.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -24,23 +25,20 @@ _is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
 def weight_specs(parameters: nnx.State, parallel: LocalParallel) -> Any:
     """The mesh axes of every parameter's dimensions, in a tree like `parameters`.
 
-    A width that the weight axis does not divide, or a vocabulary that the tensor axis does not, is not sharded.
+    A width that the weight axes do not divide, or a vocabulary that the tensor axis does not, is not sharded.
     """
-    axis_of = {
-        "width": parallel.weight_axis,
-        "heads": parallel.tensor_axis,
-        "hidden": parallel.tensor_axis,
-        "vocabulary": parallel.tensor_axis,
-    }
+    tensor_axes = () if parallel.tensor_axis is None else (parallel.tensor_axis,)
+    axes_of = {"width": parallel.weight_axes, "heads": tensor_axes, "hidden": tensor_axes, "vocabulary": tensor_axes}
+
+    def entry(name: str | None, length: int) -> str | tuple[str, ...] | None:
+        axes = () if name is None else axes_of[name]
+        if not axes or length % math.prod(parallel.mesh.shape[axis] for axis in axes):
+            return None
+        return axes[0] if len(axes) == 1 else axes
 
     def spec(parameter: nnx.Variable) -> PartitionSpec:
-        axes = [None if name is None else axis_of[name] for name in logical_axes(parameter)]
         lengths = parameter.get_value().shape
-        divides = [
-            axis is not None and length % parallel.mesh.shape[axis] == 0
-            for axis, length in zip(axes, lengths, strict=True)
-        ]
-        return PartitionSpec(*(axis if divided else None for axis, divided in zip(axes, divides, strict=True)))
+        return PartitionSpec(*map(entry, logical_axes(parameter), lengths))
 
     return jax.tree.map(spec, parameters, is_leaf=_is_variable)
 
@@ -54,36 +52,42 @@ def gathered(parameters: nnx.State, specs: Any, parallel: LocalParallel, *, dtyp
     """The parameters with their width whole, ready for tokens that no other device has.
 
     Float32 weights travel in `dtype`, in which they will be used, and are float32 again. Their gradients are summed
-    over all devices in float32, over `weight_axis` by a reduce-scatter, over the others on the shard that is left.
+    over all devices in float32, over `weight_axes` by a reduce-scatter, over the others on the shard that is left.
     """
 
     def gather(parameter: nnx.Variable, spec: PartitionSpec) -> nnx.Variable:
         shard = parameter.get_value()
         # Before the gather, so that the sum that this is in backward comes after the scatter and adds shards only;
         # and before any loop, so that no loop sums in each of its steps.
-        others = tuple(axis for axis in parallel.token_axes if axis not in spec)
+        sharded = {axis for entry in spec for axis in _as_tuple(entry)}
+        others = tuple(axis for axis in parallel.token_axes if axis not in sharded)
         shard = lax.pcast(shard, others, to="varying") if others else shard
-        if parallel.weight_axis in spec and parallel.weight_axis is not None:
-            shard = _gather(parallel.weight_axis, spec.index(parallel.weight_axis), dtype, shard)
+        for dimension, entry in enumerate(spec):
+            if entry is not None and _as_tuple(entry) == parallel.weight_axes:
+                shard = _gather(parallel.weight_axes, dimension, dtype, shard)
         return parameter.replace(shard)
 
     return jax.tree.map(gather, parameters, specs, is_leaf=_is_variable)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _gather(axis_name: str, dimension: int, dtype: jnp.dtype, shard: Float[Array, "..."]) -> Float[Array, "..."]:
-    whole = lax.all_gather(shard.astype(dtype), axis_name, axis=dimension, tiled=True)
+def _gather(axes: tuple[str, ...], dimension: int, dtype: jnp.dtype, shard: Float[Array, "..."]) -> Float[Array, "..."]:
+    whole = lax.all_gather(shard.astype(dtype), axes, axis=dimension, tiled=True)
     return whole.astype(shard.dtype)
 
 
-def _gather_forward(axis_name: str, dimension: int, dtype: jnp.dtype, shard: Array) -> tuple[Array, None]:
-    return _gather(axis_name, dimension, dtype, shard), None
+def _gather_forward(axes: tuple[str, ...], dimension: int, dtype: jnp.dtype, shard: Array) -> tuple[Array, None]:
+    return _gather(axes, dimension, dtype, shard), None
 
 
-def _gather_backward(axis_name: str, dimension: int, dtype: jnp.dtype, _: None, gradient: Array) -> tuple[Array]:
+def _gather_backward(axes: tuple[str, ...], dimension: int, dtype: jnp.dtype, _: None, gradient: Array) -> tuple[Array]:
     # In the dtype of the parameter, not in that of the transfer: sums over many devices need it.
     del dtype
-    return (lax.psum_scatter(gradient, axis_name, scatter_dimension=dimension, tiled=True),)
+    return (lax.psum_scatter(gradient, axes, scatter_dimension=dimension, tiled=True),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+def _as_tuple(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

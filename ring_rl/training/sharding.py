@@ -2,14 +2,17 @@
 
 A parameter names its dimensions (`ring_rl.nn.logical_axes`), and one table says which mesh axis shards which name:
 
-    width                        fsdp    gathered before use, its gradients scattered back
-    heads, hidden, vocabulary    tp      never gathered: each device computes its part
+    width                        weight_axes    gathered before use, its gradients scattered back
+    heads, hidden, vocabulary    tp             never gathered: each device computes its part
     None                         never sharded
 
-What of the optimizer's state mirrors a parameter (its moments) lives where the parameter does; the rest (counts,
-Adafactor's row and column sums) is replicated. Over "dp" and "sp" everything is replicated.
+`weight_axes` is fsdp, or fsdp and sp: then the devices that share a sequence share the weights, too, as in Ring
+Attention (arXiv:2310.01889), for as many more bytes to gather.
 
-A parameter that names nothing is sharded over fsdp along its largest divisible dimension if it has at least
+What of the optimizer's state mirrors a parameter (its moments) lives where the parameter does; the rest (counts,
+Adafactor's row and column sums) is replicated. Over all other mesh axes everything is replicated.
+
+A parameter that names nothing is sharded over the weight axes along its largest divisible dimension if it has at least
 `UNNAMED_SHARDED_FROM` elements, and replicated if it is smaller, where a gather would cost more than it saves.
 """
 
@@ -26,25 +29,32 @@ from ring_rl.nn.logical_axes import logical_axes
 from ring_rl.training.mesh import replicated
 from ring_rl.typing import PyTree
 
-__all__ = ["MESH_AXIS_OF", "UNNAMED_SHARDED_FROM", "optimizer_shardings", "parameter_shardings"]
+__all__ = ["FSDP_ONLY", "LOGICAL_NAMES", "UNNAMED_SHARDED_FROM", "optimizer_shardings", "parameter_shardings"]
 
-MESH_AXIS_OF = {"width": "fsdp", "heads": "tp", "hidden": "tp", "vocabulary": "tp"}
+LOGICAL_NAMES = ("width", "heads", "hidden", "vocabulary")
 UNNAMED_SHARDED_FROM = 2**16
+FSDP_ONLY = ("fsdp",)
+_TENSOR_AXES = ("tp",)
 
 
-def parameter_shardings(mesh: Mesh, parameters: nnx.State) -> nnx.State:
+def parameter_shardings(mesh: Mesh, parameters: nnx.State, *, weight_axes: tuple[str, ...] = FSDP_ONLY) -> nnx.State:
     """The sharding of each parameter, in a state of the same structure; arrays or abstract values serve.
+
+    Args:
+        mesh: where they live.
+        parameters: with the names of their dimensions.
+        weight_axes: the mesh axes that share the width, together.
 
     Raises:
         ValueError: a named dimension is not divisible by its mesh axis or its name is unknown, or fsdp or tp is
             larger than 1 and shards no parameter at all, so that its devices would only repeat one another.
     """
     variables = nnx.to_flat_state(parameters)
-    specs = {path: _spec(mesh, ".".join(map(str, path)), variable) for path, variable in variables}
-    used = {axis for spec in specs.values() for axis in spec}
+    specs = {path: _spec(mesh, ".".join(map(str, path)), variable, weight_axes) for path, variable in variables}
+    used = {axis for spec in specs.values() for axes in spec for axis in _as_tuple(axes)}
     for axis in ("fsdp", "tp"):
         if mesh.shape.get(axis, 1) > 1 and axis not in used:
-            names = ", ".join(name for name, mesh_axis in MESH_AXIS_OF.items() if mesh_axis == axis)
+            names = ", ".join(name for name in LOGICAL_NAMES if axis in _axes_of(name, weight_axes))
             instead = "dp" if axis == "fsdp" else "another axis"
             raise ValueError(
                 f"mesh axis {axis}={mesh.shape[axis]} shards none of the model's {len(specs)} parameters, because "
@@ -55,7 +65,12 @@ def parameter_shardings(mesh: Mesh, parameters: nnx.State) -> nnx.State:
 
 
 def optimizer_shardings(
-    mesh: Mesh, optimizer: optax.GradientTransformation, optimizer_state: PyTree[Any], parameters: nnx.State
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    optimizer_state: PyTree[Any],
+    parameters: nnx.State,
+    *,
+    weight_axes: tuple[str, ...] = FSDP_ONLY,
 ) -> PyTree[NamedSharding]:
     """The sharding of each array of optax's state: that of the parameter it mirrors, or replicated."""
 
@@ -70,51 +85,80 @@ def optimizer_shardings(
         mirrored,
         optimizer_state,
         parameters,
-        parameter_shardings(mesh, parameters),
+        parameter_shardings(mesh, parameters, weight_axes=weight_axes),
         transform_non_params=lambda _: replicated(mesh),
         is_leaf=lambda node: isinstance(node, optax.MaskedNode),
     )
 
 
-def _spec(mesh: Mesh, name: str, parameter: nnx.Variable) -> PartitionSpec:
+# What one dimension is sharded over: no mesh axis, one, or several.
+_Axes = str | tuple[str, ...] | None
+
+
+def _spec(mesh: Mesh, name: str, parameter: nnx.Variable, weight_axes: tuple[str, ...]) -> PartitionSpec:
     shape = parameter.get_value().shape
     names = logical_axes(parameter)
-    axes = _named_axes(mesh, name, shape, names) if any(names) else _largest_axis(mesh, shape)
+    named = any(names)
+    axes = _named_axes(mesh, name, shape, names, weight_axes) if named else _largest_axis(mesh, shape, weight_axes)
     while axes and axes[-1] is None:
         axes.pop()
     return PartitionSpec(*axes)
 
 
-def _named_axes(mesh: Mesh, name: str, shape: tuple[int, ...], names: tuple[str | None, ...]) -> list[str | None]:
+def _named_axes(
+    mesh: Mesh, name: str, shape: tuple[int, ...], names: tuple[str | None, ...], weight_axes: tuple[str, ...]
+) -> list[_Axes]:
     if len(names) != len(shape):
         raise ValueError(f"parameter {name} of shape {shape} names {len(names)} dimensions {names}; name each, or None")
-    axes: list[str | None] = []
+    axes: list[_Axes] = []
+    taken: set[str] = set()
     for dimension, (length, logical) in enumerate(zip(shape, names, strict=True)):
-        if logical is not None and logical not in MESH_AXIS_OF:
+        if logical is not None and logical not in LOGICAL_NAMES:
             raise ValueError(
                 f"parameter {name} names its dimension {dimension} {logical!r}; use one of "
-                f"{', '.join(MESH_AXIS_OF)}, or None"
+                f"{', '.join(LOGICAL_NAMES)}, or None"
             )
-        axis = MESH_AXIS_OF[logical] if logical is not None else None
-        size = mesh.shape.get(axis, 1)
+        wanted = () if logical is None else _present(mesh, _axes_of(logical, weight_axes))
         # A mesh axis can shard one dimension only: of two with names of the same axis, the first.
-        if size == 1 or axis in axes:
+        if not wanted or taken & set(wanted):
             axes.append(None)
             continue
+        size = math.prod(mesh.shape[axis] for axis in wanted)
         if length % size:
+            sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in wanted)
+            remedy = f"choose {wanted[0]} among the divisors of {length}"
+            if len(wanted) > 1:
+                remedy = "choose sizes whose product divides it, leave the ring out of weight_axes"
             raise ValueError(
-                f"parameter {name} of shape {shape} cannot be sharded over the mesh axis {axis}={size}: "
-                f"its dimension {dimension} ({logical}) has length {length}; choose {axis} among the divisors of "
-                f"{length}, or change the model"
+                f"parameter {name} of shape {shape} cannot be sharded over the mesh axis {sizes}: "
+                f"its dimension {dimension} ({logical}) has length {length}; {remedy}, or change the model"
             )
-        axes.append(axis)
+        taken |= set(wanted)
+        axes.append(_as_entry(wanted))
     return axes
 
 
-def _largest_axis(mesh: Mesh, shape: tuple[int, ...]) -> list[str | None]:
-    axes: list[str | None] = [None] * len(shape)
-    size = mesh.shape.get("fsdp", 1)
+def _largest_axis(mesh: Mesh, shape: tuple[int, ...], weight_axes: tuple[str, ...]) -> list[_Axes]:
+    axes: list[_Axes] = [None] * len(shape)
+    wanted = _present(mesh, weight_axes)
+    size = math.prod(mesh.shape[axis] for axis in wanted)
     divisible = [dimension for dimension, length in enumerate(shape) if length % size == 0]
-    if size > 1 and divisible and math.prod(shape) >= UNNAMED_SHARDED_FROM:
-        axes[max(divisible, key=lambda dimension: shape[dimension])] = "fsdp"
+    if wanted and divisible and math.prod(shape) >= UNNAMED_SHARDED_FROM:
+        axes[max(divisible, key=lambda dimension: shape[dimension])] = _as_entry(wanted)
     return axes
+
+
+def _axes_of(logical: str, weight_axes: tuple[str, ...]) -> tuple[str, ...]:
+    return weight_axes if logical == "width" else _TENSOR_AXES
+
+
+def _present(mesh: Mesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+
+
+def _as_entry(axes: tuple[str, ...]) -> _Axes:
+    return axes[0] if len(axes) == 1 else axes
+
+
+def _as_tuple(axes: _Axes) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else axes

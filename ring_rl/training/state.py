@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ring_rl.training.mesh import replicated
-from ring_rl.training.sharding import optimizer_shardings, parameter_shardings
+from ring_rl.training.sharding import FSDP_ONLY, optimizer_shardings, parameter_shardings
 from ring_rl.typing import Array, Int32, PRNGKeyArray, PyTree
 
 __all__ = ["TrainState", "abstract_state", "create_state", "state_shardings"]
@@ -41,6 +41,7 @@ def create_state(
     *,
     seed: int,
     mesh: Mesh,
+    weight_axes: tuple[str, ...] = FSDP_ONLY,
 ) -> tuple[Any, TrainState]:
     """Initialise a model and its optimizer on the mesh, under jit: each device makes only what it holds.
 
@@ -50,6 +51,7 @@ def create_state(
         optimizer: as from `make_optimizer`.
         seed: the initial parameters are a function of it alone, whatever the mesh.
         mesh: where the state lives, sharded as `state_shardings` says.
+        weight_axes: the mesh axes that share the width of weights and moments.
 
     Returns:
         The model's static `nnx.GraphDef`, for `nnx.merge(graphdef, state.parameters)`, and the state.
@@ -58,14 +60,18 @@ def create_state(
         ValueError: the model holds state that is no parameter or parameters below float32, or the mesh cannot
             shard it (`parameter_shardings`).
     """
-    graphdef, abstract = abstract_state(make_model, optimizer, mesh=mesh)
+    graphdef, abstract = abstract_state(make_model, optimizer, mesh=mesh, weight_axes=weight_axes)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     initialise = jax.jit(lambda key: _initialise(make_model, optimizer, key), out_shardings=shardings)
     return graphdef, initialise(_init_key(seed))
 
 
 def abstract_state(
-    make_model: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, *, mesh: Mesh
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    weight_axes: tuple[str, ...] = FSDP_ONLY,
 ) -> tuple[Any, TrainState]:
     """What `create_state` returns, with `jax.ShapeDtypeStruct`s and their shardings in place of arrays.
 
@@ -86,17 +92,25 @@ def abstract_state(
     placed = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
-        state_shardings(mesh, optimizer, state),
+        state_shardings(mesh, optimizer, state, weight_axes=weight_axes),
     )
     return graphdef, placed
 
 
-def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, state: TrainState) -> TrainState:
+def state_shardings(
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    *,
+    weight_axes: tuple[str, ...] = FSDP_ONLY,
+) -> TrainState:
     """The sharding of every array of the state, by the rules of `ring_rl.training.sharding`."""
     return TrainState(
         step=replicated(mesh),  # pyright: ignore[reportArgumentType]
-        parameters=parameter_shardings(mesh, state.parameters),
-        optimizer_state=optimizer_shardings(mesh, optimizer, state.optimizer_state, state.parameters),
+        parameters=parameter_shardings(mesh, state.parameters, weight_axes=weight_axes),
+        optimizer_state=optimizer_shardings(
+            mesh, optimizer, state.optimizer_state, state.parameters, weight_axes=weight_axes
+        ),
     )
 
 

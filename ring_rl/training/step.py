@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from ring_rl.training.mesh import batch_sharding, replicated
 from ring_rl.training.microbatches import sum_over_microbatches
-from ring_rl.training.sharding import parameter_shardings
-from ring_rl.training.state import TrainState, state_shardings
+from ring_rl.training.state import TrainState
 from ring_rl.typing import Array, Float32, PRNGKeyArray, PyTree
 
 __all__ = ["Loss", "LossFunction", "TrainStep", "compile_step", "compiled_report", "make_train_step"]
@@ -84,7 +84,7 @@ def make_train_step(
         loss_function: called as `loss_function(model, batch, key)`.
         graphdef: the model's static part, from `create_state`.
         optimizer: the one that `create_state` initialised.
-        mesh: the mesh that the state and the batches lie on. The new state is sharded by `state_shardings`.
+        mesh: the mesh that the state and the batches lie on. The new state is sharded as the first one is.
         seed: of the randomness inside the loss function.
         accumulation_steps: k; the rows of each device must be divisible by it.
         learning_rate: the schedule, a function of the step, for reporting only.
@@ -96,10 +96,11 @@ def make_train_step(
     if accumulation_steps < 1:
         raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}; 1 accumulates nothing")
 
-    def step_function(state: TrainState, batch: PyTree[Any]) -> tuple[TrainState, dict[str, Array]]:
+    def step_function(
+        state: TrainState, batch: PyTree[Any], *, gradient_shardings: PyTree[NamedSharding]
+    ) -> tuple[TrainState, dict[str, Array]]:
         batch_shardings = batch_sharding(mesh, batch, accumulation_steps=accumulation_steps)
         batch = jax.lax.with_sharding_constraint(batch, batch_shardings)
-        gradient_shardings = parameter_shardings(mesh, state.parameters)
 
         def gradient_of_total(batch: Any, key: PRNGKeyArray) -> tuple[Any, Loss]:
             def total_loss(parameters: Any) -> tuple[Array, Loss]:
@@ -127,7 +128,7 @@ def make_train_step(
         metrics |= {name: _mean(total, weight) for name, (total, weight) in loss.metrics.items()}
         return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
-    return _ShardedStep(step_function, optimizer, mesh)
+    return _ShardedStep(step_function, mesh)
 
 
 class _ShardedStep:
@@ -136,8 +137,8 @@ class _ShardedStep:
     Without them XLA is free to lay a parameter out in another way, and the next call would compile again.
     """
 
-    def __init__(self, step_function: Callable[..., Any], optimizer: optax.GradientTransformation, mesh: Mesh):
-        self._step_function, self._optimizer, self._mesh = step_function, optimizer, mesh
+    def __init__(self, step_function: Callable[..., Any], mesh: Mesh):
+        self._step_function, self._mesh = step_function, mesh
         self._step: Any = None
 
     def __call__(self, state: TrainState, batch: Any, /) -> tuple[TrainState, dict[str, Array]]:
@@ -148,11 +149,17 @@ class _ShardedStep:
 
     def _jitted(self, state: TrainState) -> Any:
         if self._step is None:
-            shardings = state_shardings(self._mesh, self._optimizer, state)
+            shardings = jax.tree.map(self._sharding_of, state)
             self._step = jax.jit(
-                self._step_function, donate_argnums=0, out_shardings=(shardings, replicated(self._mesh))
+                partial(self._step_function, gradient_shardings=shardings.parameters),
+                donate_argnums=0,
+                out_shardings=(shardings, replicated(self._mesh)),
             )
         return self._step
+
+    def _sharding_of(self, leaf: Any) -> NamedSharding:
+        sharding = leaf.sharding
+        return sharding if isinstance(sharding, NamedSharding) else replicated(self._mesh)
 
 
 def compile_step(step: TrainStep, state: Any, batch: Any) -> jax.stages.Compiled:

@@ -13,7 +13,7 @@ def test_axes_that_a_mesh_lacks_count_as_one_device():
     assert (parallel.ring_size, parallel.tensor_devices, parallel.size("fsdp")) == (2, 1, 1)
     assert parallel.local().token_spec == PartitionSpec((), ("sp",))
     alone = SequenceParallel(mesh=Mesh(np.array(jax.devices()[:1]), ("dp",)), layout="zigzag").local()
-    assert (alone.sequence_axes, alone.tensor_axis, alone.weight_axis) == ((), None, None)
+    assert (alone.sequence_axes, alone.tensor_axis, alone.weight_axes) == ((), None, ())
 
 
 def test_a_hybrid_sees_the_sequence_axis_as_two(transformers):

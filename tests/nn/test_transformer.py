@@ -32,7 +32,8 @@ def one_device(transformers):
         ((1, 1, 1, 8), {}),
         ((4, 1, 1, 2), {"layout": "striped", "strategy": "auto"}),
         ((2, 1, 1, 4), {"strategy": "ulysses"}),
-        ((1, 1, 2, 4), {"strategy": "hybrid", "ulysses_size": 2}),
+        ((1, 2, 1, 4), {"weight_axes": ("fsdp", "sp")}),
+        ((1, 1, 2, 4), {"strategy": "hybrid", "ulysses_size": 2, "weight_axes": ("fsdp", "sp")}),
         ((1, 2, 1, 4), {"strategy": "all_gather"}),
     ],
 )

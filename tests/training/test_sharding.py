@@ -69,6 +69,19 @@ def test_names_decide_where_a_parameter_lies(sizes, inwards, bias, outwards, lay
     }
 
 
+def test_devices_of_one_sequence_may_share_the_weights():
+    parameters = nnx.state(nnx.eval_shape(lambda: FeedForward(nnx.Rngs(0))), nnx.Param)
+    shardings = parameter_shardings(mesh_of(fsdp=2, tp=2, sp=2), parameters, weight_axes=("fsdp", "sp"))
+    assert specs(shardings) == {
+        "inwards.bias.value": P("tp"),
+        "inwards.kernel.value": P(("fsdp", "sp"), "tp"),
+        "layers.kernel.value": P(None, ("fsdp", "sp"), "tp"),
+        "outwards.kernel.value": P("tp", ("fsdp", "sp")),
+    }
+    with pytest.raises(ValueError, match="sp=3.*length 8.*"):
+        parameter_shardings(mesh_of(dp=1, fsdp=1, tp=1, sp=3), parameters, weight_axes=("fsdp", "sp"))
+
+
 OPTIMIZERS = {
     "adamw": optax.adamw(1e-3, weight_decay=0.1, mask=weight_decay_mask),
     "clipped momentum": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3, momentum=0.9)),
