@@ -18,16 +18,13 @@ from flax import nnx
 from omegaconf import DictConfig
 from rich.progress import Progress
 
-from ring_rl.agent.agents import AgentConfig, model_config, training_episodes
-from ring_rl.agent.chain_batch import BatchLayout, ChainSampler
+from ring_rl.agent.agents import AgentConfig
 from ring_rl.agent.exorl import EpisodeSet
-from ring_rl.agent.loss import make_action_loss
-from ring_rl.agent.model import make_model
+from ring_rl.agent.training_task import BatchConfig, make_training_task
 from ring_rl.agent.trajectory import Trajectory
 from ring_rl.atomic_file import refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
-from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.checkpoint import Checkpointer
 from ring_rl.training.input import InputConfig, RowStream
@@ -42,15 +39,6 @@ from ring_rl.training.step import LossFunction, compile_step, make_train_step
 OUTPUTS = ("engine.json",)
 # Virtual devices share a pool of threads, which steps without end in flight would exhaust.
 STEPS_IN_FLIGHT = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchConfig:
-    """How a batch is cut to the mesh; see `BatchLayout`."""
-
-    batch_size: int
-    layout: Layout
-    pad_to_ring: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,25 +110,16 @@ class Contest:
 
     def __init__(self, config: EngineBenchmarkConfig):
         self.config = config
-        self.mesh = make_mesh(config.mesh)
-        parallel = SequenceParallel(mesh=self.mesh, layout=config.batch.layout)
+        parallel = SequenceParallel(mesh=make_mesh(config.mesh), layout=config.batch.layout)
         episodes = made_up_episodes(config)
-        self.model = model_config(config.agent, episodes)
-        self.sampler = ChainSampler(
-            training_episodes(config.agent, episodes),
-            config.agent.chain,
-            BatchLayout(ring_size=parallel.ring_size, **dataclasses.asdict(config.batch)),
-            seed=0,
-        )
-        parallel.check(config.batch.batch_size, self.sampler.steps)
-        self.ring_size = parallel.ring_size
+        self.task = make_training_task(config.agent, episodes, batch=config.batch, parallel=parallel, seed=0, extra={})
+        self.mesh = parallel.mesh
         self.optimizer = make_optimizer(config.optimizer, total_steps=config.steps)
         graphdef, state = self._begin()
-        loss_function = make_action_loss(parallel)
         stream = self._stream()
         self.engine_step = compile_step(
             make_train_step(
-                loss_function,
+                self.task.loss_function,
                 graphdef,
                 self.optimizer,
                 self.mesh,
@@ -152,7 +131,7 @@ class Contest:
         )
         self.batch = next(stream)
         stream.close()
-        self.bare_step = bare_step(loss_function, graphdef, self.optimizer)
+        self.bare_step = bare_step(self.task.loss_function, graphdef, self.optimizer)
 
     def bare_seconds(self) -> float:
         """Seconds a step of the bare loop, dispatched a little ahead of the devices."""
@@ -176,7 +155,7 @@ class Contest:
         with tempfile.TemporaryDirectory() as folder, contextlib.closing(self._stream()) as stream:
             writer = JsonlWriter(Path(folder) / "metrics.jsonl", resume_step=0)
             with Checkpointer(
-                Path(folder) / "checkpoints", keep=1, model_config=to_mapping(self.model)
+                Path(folder) / "checkpoints", keep=1, model_config=self.task.model_config
             ) as checkpointer:
                 train(
                     state=self._begin()[1],
@@ -199,16 +178,16 @@ class Contest:
         return sum(seconds) / sum(weights), wait / sum(seconds)
 
     def _begin(self):
-        return create_state(lambda rngs: make_model(self.model, rngs), self.optimizer, seed=0, mesh=self.mesh)
+        return create_state(self.task.make_model, self.optimizer, seed=0, mesh=self.mesh)
 
     def _stream(self) -> RowStream:
         return RowStream(
-            self.sampler,
-            batch_size=self.config.batch.batch_size,
+            self.task.rows,
+            batch_size=self.task.batch_size,
             steps=self.config.steps,
             mesh=self.mesh,
-            layout=self.config.batch.layout,
-            ring_size=self.ring_size,
+            layout=self.task.parallel.layout,
+            ring_size=self.task.parallel.ring_size,
             config=self.config.input,
         )
 

@@ -7,15 +7,11 @@ import hydra
 import numpy as np
 from omegaconf import DictConfig
 
-from ring_rl.agent.agents import AgentConfig, SequenceAgentConfig, model_config, training_episodes
-from ring_rl.agent.chain_batch import BatchLayout, ChainSampler
+from ring_rl.agent.agents import AgentConfig
 from ring_rl.agent.data import DataConfig, load_episodes
-from ring_rl.agent.loss import make_action_loss
-from ring_rl.agent.model import make_model
-from ring_rl.agent.work import model_flops, tokens_per_chain
-from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
+from ring_rl.agent.training_task import BatchConfig, make_training_task
+from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
-from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
 from ring_rl.training.distributed import DistributedConfig, is_main_process, joined
 from ring_rl.training.input import InputConfig
@@ -23,24 +19,16 @@ from ring_rl.training.loop import LoopConfig
 from ring_rl.training.mesh import MeshConfig, describe_mesh, make_mesh, request_virtual_devices
 from ring_rl.training.metrics import WandbConfig
 from ring_rl.training.optimizer import OptimizerConfig
-from ring_rl.training.run import MAY_DIFFER, RunConfig, TrainingTask, run_training
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BatchConfig:
-    """How a batch is cut to the mesh; see `BatchLayout`."""
-
-    batch_size: int
-    layout: Layout
-    pad_to_ring: bool
+from ring_rl.training.run import MAY_DIFFER, RunConfig, run_training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the devices that share a sequence meet; see `SequenceParallel`."""
+    """How the devices that share a sequence meet, and whether they share the weights; see `SequenceParallel`."""
 
     strategy: SequenceStrategy
     ulysses_size: int
+    weights_over_ring: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,32 +59,20 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
     if config.loop.evaluate_every is not None:
         raise ValueError("this script does not evaluate while it trains; set loop.evaluate_every=null")
     request_virtual_devices(config.virtual_devices)
-    mesh = make_mesh(config.mesh)
-    parallel = SequenceParallel(mesh=mesh, layout=config.batch.layout, **dataclasses.asdict(config.parallel))
-    episodes = load_episodes(config.data, task=config.task, progress=is_main_process())
-    model = model_config(config.agent, episodes)
-    sampler = ChainSampler(
-        training_episodes(config.agent, episodes),
-        config.agent.chain,
-        BatchLayout(ring_size=parallel.ring_size, **dataclasses.asdict(config.batch)),
-        seed=config.seed,
-    )
-    tokens = tokens_per_chain(model, steps=sampler.steps)
-    if isinstance(config.agent, SequenceAgentConfig):
-        config.agent.transformer.check(parallel, batch=config.batch.batch_size, length=tokens)
-
-    task = TrainingTask(
-        make_model=lambda rngs: make_model(model, rngs),
-        model_config=to_mapping(model),
-        loss_function=make_action_loss(parallel),
-        rows=sampler,
-        batch_size=config.batch.batch_size,
+    parallel = SequenceParallel(
+        mesh=make_mesh(config.mesh),
         layout=config.batch.layout,
-        ring_size=parallel.ring_size,
-        tokens=config.batch.batch_size * tokens,
-        model_flops=lambda parameters: model_flops(
-            model, parameters, batch_size=config.batch.batch_size, steps=sampler.steps
-        ),
+        strategy=config.parallel.strategy,
+        ulysses_size=config.parallel.ulysses_size,
+        weight_axes=("fsdp", "sp") if config.parallel.weights_over_ring else ("fsdp",),
+    )
+    episodes = load_episodes(config.data, task=config.task, progress=is_main_process())
+    task = make_training_task(
+        config.agent,
+        episodes,
+        batch=config.batch,
+        parallel=parallel,
+        seed=config.seed,
         extra={
             "label": config.agent.name,
             "task": config.task,
@@ -118,16 +94,15 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
             input=config.input,
             wandb=config.wandb,
         ),
-        mesh=mesh,
         resolved=resolved,
         may_differ=(*MAY_DIFFER, "data.root"),
-        headline=f"{config.agent.name} on {config.task}: {describe_mesh(mesh)}, {config.batch.layout} layout",
+        headline=f"{config.agent.name} on {config.task}: {describe_mesh(parallel.mesh)}, {config.batch.layout} layout",
     )
     if finished is not None and is_main_process():
         compiled = finished.compiled
         print(
             f"agent={config.agent.name} seed={config.seed} steps={config.loop.steps} parameters={finished.parameters} "
-            f"tokens_per_step={config.batch.batch_size * sampler.steps} ring_size={parallel.ring_size} "
+            f"tokens_per_step={task.tokens} ring_size={parallel.ring_size} "
             f"collective_permutes={compiled['collective_permutes']} "
             f"compiled_bytes_per_device={compiled['argument_bytes'] + compiled['temporary_bytes']} "
             f"seconds={finished.seconds:.1f}"

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ring_rl.atomic_file import write_whole
-from ring_rl.kernels.layout import Layout
+from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.checkpoint import Checkpointer
 from ring_rl.training.distributed import is_main_process
 from ring_rl.training.dry_run import dry_run, print_dry_run
@@ -66,8 +66,7 @@ class TrainingTask:
         loss_function: of a global batch, as `make_train_step` takes it.
         rows: makes the rows of a batch.
         batch_size: rows of a global batch.
-        layout: the order that tokens lie in on the ring.
-        ring_size: devices that share one sequence, as the layout counts them.
+        parallel: the mesh that the run computes on, and what its axes are for.
         tokens: of the global batch, padding included.
         model_flops: of a step, as a function of the parameters; arrays or `jax.ShapeDtypeStruct`s serve.
         extra: plain JSON that every checkpoint carries.
@@ -78,8 +77,7 @@ class TrainingTask:
     loss_function: LossFunction
     rows: RowSource
     batch_size: int
-    layout: Layout
-    ring_size: int
+    parallel: SequenceParallel
     tokens: int
     model_flops: Callable[[nnx.State], int]
     extra: Mapping[str, Any]
@@ -131,7 +129,6 @@ def run_training(
     task: TrainingTask,
     config: RunConfig,
     *,
-    mesh: Mesh,
     resolved: Mapping[str, Any],
     may_differ: tuple[str, ...],
     headline: str,
@@ -143,7 +140,6 @@ def run_training(
     Args:
         task: model, loss and rows.
         config: everything else.
-        mesh: where the run computes.
         resolved: the whole resolved configuration, kept in the run folder; another one is refused.
         may_differ: dotted paths of it that may change when a run goes on.
         headline: printed when the run folder is open.
@@ -155,20 +151,20 @@ def run_training(
         ValueError, OSError: see `open_run_directory`, `Checkpointer` and `train`.
         TrainingInterrupted: stopped by a signal; the state is saved.
     """
-    main = is_main_process()
+    main, mesh, weight_axes = is_main_process(), task.parallel.mesh, task.parallel.weight_axes
     stream = RowStream(
         task.rows,
         batch_size=task.batch_size,
         steps=config.loop.steps,
         mesh=mesh,
-        layout=task.layout,
-        ring_size=task.ring_size,
+        layout=task.parallel.layout,
+        ring_size=task.parallel.ring_size,
         config=config.input,
     )
     # Whatever the mesh cannot divide is refused before there is a folder.
     batch_sharding(mesh, stream.abstract_batch, accumulation_steps=config.accumulation_steps)
     optimizer = make_optimizer(config.optimizer, total_steps=config.loop.steps)
-    graphdef, abstract = abstract_state(task.make_model, optimizer, mesh=mesh)
+    graphdef, abstract = abstract_state(task.make_model, optimizer, mesh=mesh, weight_axes=weight_axes)
     model_flops = task.model_flops(abstract.parameters)
     step = make_train_step(
         task.loss_function,
@@ -204,7 +200,7 @@ def run_training(
         ) as checkpointer,
     ):
         _say(headline)
-        _, state = create_state(task.make_model, optimizer, seed=config.seed, mesh=mesh)
+        _, state = create_state(task.make_model, optimizer, seed=config.seed, mesh=mesh, weight_axes=weight_axes)
         recent_losses: list[float] = []
         if checkpointer.latest_step() is not None:
             state, metadata = checkpointer.restore_latest(state)
