@@ -33,6 +33,7 @@ from ring_rl.training.state import abstract_state
 from ring_rl.training.step import Loss, compile_step, make_train_step
 from ring_rl.typing import Array
 
+ALL_TOGETHER = "all together"
 OUTPUTS = ("memory.csv", "table.md", "memory.png", "summary.json")
 
 
@@ -136,19 +137,22 @@ def needed(config: MemoryByOptionConfig, options: Options, tokens: int) -> int:
 
 
 def variants(config: MemoryByOptionConfig) -> dict[str, Options]:
-    """The plain model, each option alone, and all together, by name."""
+    """The plain model, each option alone, all together, and all but each, by name."""
+    options = config.options
+    names = {
+        "saved_activations": f"saved activations: {options.saved_activations}",
+        "feed_forward_chunks": f"feed-forward in {options.feed_forward_chunks} steps",
+        "loss_chunks": f"loss in {options.loss_chunks} steps",
+        "weights_over_ring": "weights and moments sharded over the ring",
+    }
     found = {"plain ring": config.plain}
-    policies = [*config.further_policies, config.options.saved_activations]
-    for policy in policies:
+    for policy in config.further_policies:
         found[f"saved activations: {policy}"] = dataclasses.replace(config.plain, saved_activations=policy)
-    for field, what in (
-        ("feed_forward_chunks", "blockwise feed-forward, {} steps"),
-        ("loss_chunks", "blockwise loss, {} steps"),
-        ("weights_over_ring", "weights and moments sharded over the ring"),
-    ):
-        value = getattr(config.options, field)
-        found[what.format(value)] = dataclasses.replace(config.plain, **{field: value})
-    found["all together"] = config.options
+    for field, name in names.items():
+        found[name] = dataclasses.replace(config.plain, **{field: getattr(options, field)})
+    found[ALL_TOGETHER] = options
+    for field, name in names.items():
+        found[f"all but: {name}"] = dataclasses.replace(options, **{field: getattr(config.plain, field)})
     return found
 
 
@@ -159,7 +163,7 @@ def longest_context(config: MemoryByOptionConfig, limit: int, progress: Progress
     for multiple in config.multiples:
         tokens = multiple * config.tokens
         row = Row(
-            name=f"all together, {multiple} x the context",
+            name=f"{ALL_TOGETHER}, {multiple} x the context",
             tokens=tokens,
             options=config.options,
             needed_bytes=needed(config, config.options, tokens),
@@ -230,13 +234,14 @@ def measure(config: MemoryByOptionConfig) -> None:
         longer = longest_context(config, plain, progress)
     fitting = [row.tokens // config.tokens for row in longer if row.needed_bytes <= plain]
     rows += longer
+    together = next(row.needed_bytes for row in rows if row.name == ALL_TOGETHER)
     write_results(config, rows)
     table = Table(*table_rows(rows)[0])
     for line in table_rows(rows)[1:]:
         table.add_row(*line)
     Console().print(table)
     print(
-        f"plain_mib={plain / 2**20:.0f} all_mib={rows[len(wanted) - 1].needed_bytes / 2**20:.0f} "
+        f"plain_mib={plain / 2**20:.0f} all_mib={together / 2**20:.0f} "
         f"context_ratio_in_same_memory={max(fitting, default=1)}"
     )
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ring_rl.kernels.strategies.sharded import SAVED_NAMES as ATTENTION_NAMES
 from ring_rl.typing import Array
 
-SavedActivations = Literal["all", "attention", "none", "offload"]
+SavedActivations = Literal["products", "attention", "none", "offload"]
 HOST_MEMORY = "pinned_host"
 _LAYER_INPUT = "layer_input"
 
@@ -18,7 +18,8 @@ _LAYER_INPUT = "layer_input"
 def rematerialised(layer: Callable[..., Any], saved_activations: SavedActivations) -> Callable[..., Any]:
     """`layer(x, ...)`, which keeps for backward only what the policy names.
 
-    all         every intermediate result, gathered weights included: nothing is computed twice
+    products    the layer's input, and the results of all matrix products and of attention: only elementwise work is
+                done twice, and weights are gathered twice
     attention   the layer's input, and attention's output and log-sum-exp: the ring does not run again
     none        the layer's input
     offload     what "attention" keeps, in the host's memory: it travels there while forward goes on, and back
@@ -26,7 +27,7 @@ def rematerialised(layer: Callable[..., Any], saved_activations: SavedActivation
     """
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(*ATTENTION_NAMES)
-    if saved_activations == "all":
+    if saved_activations == "products":
         policy = policies.save_from_both_policies(policies.dots_saveable, attention)
     elif saved_activations == "attention":
         policy = attention

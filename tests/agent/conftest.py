@@ -56,7 +56,7 @@ def sequence_config(token_layout="fused", *, trajectories=3, episode_steps=10, p
             rotary_base=100.0,
             attention_window=None,
             attention_block_size=16,
-            saved_activations="all",
+            saved_activations="products",
             compute_dtype="float32",
         ),
     )

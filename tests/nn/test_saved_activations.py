@@ -36,7 +36,7 @@ def temporary_bytes(program):
 
 
 def test_only_none_runs_the_ring_again(programs):
-    assert hops(programs("attention")) == hops(programs("all")) == hops(programs("offload"))
+    assert hops(programs("attention")) == hops(programs("products")) == hops(programs("offload"))
     assert hops(programs("none")) > hops(programs("attention"))
 
 
@@ -45,7 +45,7 @@ def test_what_is_saved_is_what_the_policy_names(transformers, programs):
     config, tokens = transformers.config(), transformers.batch * transformers.tokens // 4
     attention_bytes = 4 * tokens * config.query_heads * (config.head_dim + 1)
     inputs_bytes = 4 * tokens * config.width
-    none, attention, everything = (temporary_bytes(programs(name)) for name in ("none", "attention", "all"))
+    none, attention, everything = (temporary_bytes(programs(name)) for name in ("none", "attention", "products"))
     # The layer at work has its attention either way.
     assert attention - none == pytest.approx((LAYERS - 1) * attention_bytes, abs=attention_bytes / 2)
     assert everything - attention > LAYERS * inputs_bytes
@@ -54,7 +54,7 @@ def test_what_is_saved_is_what_the_policy_names(transformers, programs):
 @pytest.mark.parametrize("policy", ["attention", "none", "offload"])
 def test_what_is_saved_does_not_change_the_result(transformers, programs, policy):
     compiled, arguments, _ = programs(policy)
-    expected, _, _ = programs("all")
+    expected, _, _ = programs("products")
     got, expected = jax.device_get((compiled(*arguments), expected(*arguments)))
     transformers.assert_close(got, expected, rtol=1e-5)
 
@@ -75,7 +75,7 @@ def test_a_device_without_host_memory_is_refused_with_the_alternatives():
     memory = SimpleNamespace(kind="device")
     device = SimpleNamespace(addressable_memories=lambda: [memory], platform="slate")
     mesh = SimpleNamespace(devices=np.array([device], dtype=object))
-    for policy in ("all", "attention", "none"):
+    for policy in ("products", "attention", "none"):
         check_saved_activations(policy, mesh)
     message = "saved_activations=offload needs .* pinned_host memory, and slate reaches device; use .*attention or none"
     with pytest.raises(ValueError, match=message):
