@@ -12,16 +12,14 @@ from typing import Any
 
 import hydra
 import jax
-import numpy as np
 import optax
 from flax import nnx
 from omegaconf import DictConfig
 from rich.progress import Progress
 
 from ring_rl.agent.agents import AgentConfig
-from ring_rl.agent.exorl import EpisodeSet
+from ring_rl.agent.made_up import made_up_episodes
 from ring_rl.agent.training_task import BatchConfig, make_training_task
-from ring_rl.agent.trajectory import Trajectory
 from ring_rl.atomic_file import refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
@@ -71,24 +69,6 @@ class EngineBenchmarkConfig:
             )
 
 
-def made_up_episodes(config: EngineBenchmarkConfig) -> EpisodeSet:
-    """Episodes of noise, of the shapes asked for."""
-    generator = np.random.default_rng(0)
-    L = config.episode_steps
-    return EpisodeSet(
-        tuple(
-            Trajectory(
-                observations=generator.normal(size=(L + 1, config.observation_dim)).astype(np.float32),
-                actions=generator.uniform(-1, 1, size=(L, config.action_dim)).astype(np.float32),
-                rewards=generator.uniform(size=L).astype(np.float32),
-                discounts=np.ones(L, np.float32),
-                physics=None,
-            )
-            for _ in range(config.episodes)
-        )
-    )
-
-
 def bare_step(loss_function: LossFunction, graphdef: Any, optimizer: optax.GradientTransformation) -> Callable:
     """The training step as one would write it for one experiment: no engine, the same mathematics."""
 
@@ -111,7 +91,12 @@ class Contest:
     def __init__(self, config: EngineBenchmarkConfig):
         self.config = config
         parallel = SequenceParallel(mesh=make_mesh(config.mesh), layout=config.batch.layout)
-        episodes = made_up_episodes(config)
+        episodes = made_up_episodes(
+            episodes=config.episodes,
+            steps=config.episode_steps,
+            observation_dim=config.observation_dim,
+            action_dim=config.action_dim,
+        )
         self.task = make_training_task(config.agent, episodes, batch=config.batch, parallel=parallel, seed=0, extra={})
         self.mesh = parallel.mesh
         self.optimizer = make_optimizer(config.optimizer, total_steps=config.steps)
