@@ -12,7 +12,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 INSTALL := --constraint constraints.txt --editable '.[simulator,cluster,development]'
 
-.PHONY: demo test check format setup constraints memory bench overlap errors figures clean
+.PHONY: demo test check format setup constraints memory engine bench overlap errors figures clean
 
 demo: setup
 	$(BIN)/python experiments/demo.py
@@ -30,9 +30,14 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Compiled memory a device at 64K tokens for rings of 1, 2, 4 and 8.
+# Compiled memory a device: at 64K tokens for rings of 1, 2, 4 and 8, and what each memory option saves at 128K.
 memory: setup
 	$(BIN)/python experiments/memory_by_ring_size.py overwrite=true
+	$(BIN)/python experiments/memory_by_option.py overwrite=true
+
+# A step of the training engine beside a bare jitted loop.
+engine: setup
+	$(BIN)/python experiments/bench_engine.py overwrite=true
 
 # Our attention beside PyPI ringattention, jax.nn.dot_product_attention and torch, on the same inputs in one run.
 # torch's CPU build is enough; the default build on Linux brings gigabytes of CUDA.

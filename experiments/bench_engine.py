@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from rich.progress import Progress
 
 from ring_rl.agent.agents import AgentConfig
+from ring_rl.agent.evaluation import markdown_table
 from ring_rl.agent.made_up import made_up_episodes
 from ring_rl.agent.training_task import BatchConfig, make_training_task
 from ring_rl.atomic_file import refuse_existing, write_whole
@@ -34,7 +35,7 @@ from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.training.state import create_state
 from ring_rl.training.step import LossFunction, compile_step, make_train_step
 
-OUTPUTS = ("engine.json",)
+OUTPUTS = ("engine.json", "table.md")
 # Virtual devices share a pool of threads, which steps without end in flight would exhaust.
 STEPS_IN_FLIGHT = 2
 
@@ -227,7 +228,13 @@ def measure(config: EngineBenchmarkConfig) -> None:
         "versions": versions("ring_rl", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint"),
     }
     config.output.mkdir(parents=True, exist_ok=True)
-    write_whole(config.output / OUTPUTS[0], json.dumps(result, indent=2) + "\n")
+    write_whole(config.output / "engine.json", json.dumps(result, indent=2) + "\n")
+    rows = [
+        ["loop", "ms a step", "of the bare loop", "waiting for input"],
+        ["bare jitted loop over one batch", f"{figures['bare_ms']:.1f}", "1.000", ""],
+        ["the engine", f"{figures['engine_ms']:.1f}", f"{ratio:.3f}", f"{100 * figures['input_wait']:.2f}%"],
+    ]
+    write_whole(config.output / "table.md", markdown_table(rows))
     print(
         f"engine_over_bare_loop={ratio:.3f} engine_ms={figures['engine_ms']:.1f} bare_ms={figures['bare_ms']:.1f} "
         f"input_wait={figures['input_wait']:.4f}"
