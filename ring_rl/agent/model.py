@@ -63,6 +63,20 @@ class SequenceModelConfig:
     transformer: TransformerConfig
 
 
+def check_token_layout(token_layout: TokenLayout, parallel: SequenceParallel) -> None:
+    """Raises ValueError unless the layout of steps over the ring is also one of their tokens.
+
+    Steps are dealt out to devices before they become tokens. Runs of steps are runs of tokens, so contiguous and
+    zigzag stay what they are; a stripe of every n-th step is no stripe of every n-th token.
+    """
+    count = tokens_per_step(token_layout)
+    if parallel.layout == "striped" and parallel.ring_size > 1 and count > 1:
+        raise ValueError(
+            f"layout=striped deals out single tokens, and token_layout={token_layout} makes {count} of a step; "
+            f"use layout=zigzag or contiguous, or token_layout=fused"
+        )
+
+
 class AgenticTransformer(nnx.Module):
     """Predicts each action of a chain from all that came before it."""
 
@@ -85,7 +99,12 @@ class AgenticTransformer(nnx.Module):
         self.action_head = nnx.Linear(config.transformer.width, config.action_dim, rngs=rngs)
 
     def __call__(self, batch: ChainBatch, parallel: SequenceParallel) -> Float[Array, "B T A"]:
-        """Actions in (-1, 1) for every step, each from the tokens before it. `batch` in `parallel`'s layout."""
+        """Actions in (-1, 1) for every step, each from the tokens before it. `batch` in `parallel`'s layout.
+
+        Raises:
+            ValueError: the layout tears steps apart (`check_token_layout`).
+        """
+        check_token_layout(self.config.token_layout, parallel)
         B, T = batch.steps.shape
         tokens, positions = self.embedding(batch)
         x_BtM = self.transformer(tokens, positions, parallel)

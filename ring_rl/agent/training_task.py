@@ -10,7 +10,7 @@ from ring_rl.agent.agents import AgentConfig, SequenceAgentConfig, model_config,
 from ring_rl.agent.chain_batch import BatchLayout, ChainSampler
 from ring_rl.agent.exorl import EpisodeSet
 from ring_rl.agent.loss import make_action_loss
-from ring_rl.agent.model import make_model
+from ring_rl.agent.model import check_token_layout, make_model
 from ring_rl.agent.work import model_flops, tokens_per_chain
 from ring_rl.config import to_mapping
 from ring_rl.kernels.layout import Layout
@@ -60,6 +60,7 @@ def make_training_task(
     )
     tokens = tokens_per_chain(model, steps=sampler.steps)
     if isinstance(agent, SequenceAgentConfig):
+        check_token_layout(agent.token_layout, parallel)
         agent.transformer.check(parallel, batch=batch.batch_size, length=tokens)
     return TrainingTask(
         make_model=lambda rngs: make_model(model, rngs),

@@ -10,7 +10,7 @@ from flax import nnx
 from ring_rl.agent.chain_batch import BatchLayout, ChainBatch, ChainSampler, chain_arrays
 from ring_rl.agent.hindsight import ChainConfig
 from ring_rl.agent.loss import make_action_loss
-from ring_rl.agent.model import BehaviourCloningConfig, make_model
+from ring_rl.agent.model import BehaviourCloningConfig, check_token_layout, make_model
 from ring_rl.agent.tokens import Normalisation, TokenLayout, fourier_features, tokens_per_step
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.input import InputConfig, RowStream
@@ -157,6 +157,18 @@ def test_the_loss_curve_is_the_same_on_every_mesh(chains, token_layout):
     assert expected[-1] < expected[0]
     for dp, sp in ((1, 8), (2, 4), (8, 1)):
         np.testing.assert_allclose(losses(chains, dp, sp, config), expected, rtol=1e-4, err_msg=f"{dp}x{sp}")
+
+
+@pytest.mark.parametrize("token_layout", LAYOUTS)
+def test_stripes_of_steps_are_refused_where_a_step_is_several_tokens(chains, token_layout):
+    """Attention would take a device's tokens for every n-th one of the chain, and they are every n-th step."""
+    config = chains.sequence_config(token_layout)
+    striped = SequenceParallel(mesh=make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=2)), layout="striped")
+    if token_layout == "fused":
+        check_token_layout(token_layout, striped)
+        return
+    with pytest.raises(ValueError, match=f"token_layout={token_layout} makes . of a step; use layout=zigzag"):
+        make_model(config, nnx.Rngs(0))(one_chain(chains, config), striped)
 
 
 def test_padding_does_not_enter_the_loss(chains):
