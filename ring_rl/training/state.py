@@ -16,7 +16,7 @@ from ring_rl.training.mesh import replicated
 from ring_rl.training.sharding import FSDP_ONLY, optimizer_shardings, parameter_shardings
 from ring_rl.typing import Array, Int32, PRNGKeyArray, PyTree
 
-__all__ = ["TrainState", "abstract_state", "create_state", "state_shardings"]
+__all__ = ["TrainState", "abstract_state", "create_state", "noise_key", "state_shardings"]
 
 
 @jax.tree_util.register_dataclass
@@ -114,8 +114,13 @@ def state_shardings(
     )
 
 
+def noise_key(seed: int) -> PRNGKeyArray:
+    """Of the randomness inside the loss, for the step to be folded into; none of its keys is that of the parameters."""
+    return jax.random.split(jax.random.key(seed))[1]
+
+
 def _init_key(seed: int) -> PRNGKeyArray:
-    # Training folds steps into key(seed) itself; a split keeps the initialisation apart from step 0's noise.
+    # Not key(seed) itself: what is folded into that, 0 for one, may give a key that a split of it gives too.
     return jax.random.split(jax.random.key(seed))[0]
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ring_rl.training.mesh import batch_sharding, replicated
 from ring_rl.training.microbatches import sum_over_microbatches
-from ring_rl.training.state import TrainState
+from ring_rl.training.state import TrainState, noise_key
 from ring_rl.typing import Array, Float32, PRNGKeyArray, PyTree
 
 __all__ = ["Loss", "LossFunction", "TrainStep", "compile_step", "compiled_report", "make_train_step"]
@@ -73,7 +73,7 @@ def make_train_step(
     The loss is total / weight over the whole batch, on however many devices it lies: the batch is a global
     sharded array, so XLA makes its sums global. A batch of weight 0 has loss 0 and gradient 0. The metrics
     are the loss function's own, and `loss`, `loss_weight`, `gradient_norm` (before clipping) and, where the
-    schedule is given, `learning_rate`. Step s draws its randomness from fold_in(key(seed), s).
+    schedule is given, `learning_rate`. Step s draws its randomness from fold_in(noise_key(seed), s).
 
     With k accumulation steps each device cuts its own rows into k microbatches, which run one after another in
     the memory of one. Totals, weights and gradients of the totals are summed in float32 and divided once, so the
@@ -111,7 +111,7 @@ def make_train_step(
             # Said here, XLA can scatter a gradient as soon as it is known instead of summing it in full everywhere.
             return jax.lax.with_sharding_constraint(gradients, gradient_shardings), loss
 
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(noise_key(seed), state.step)
         gradient_sums, loss = sum_over_microbatches(gradient_of_total, batch, key, mesh=mesh, steps=accumulation_steps)
         gradients = jax.tree.map(lambda total: _mean(total, loss.weight), gradient_sums)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)

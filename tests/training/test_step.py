@@ -14,7 +14,7 @@ from flax import nnx
 
 from ring_rl.nn.logical_axes import named
 from ring_rl.training.mesh import MeshConfig, make_mesh, shard_batch
-from ring_rl.training.state import create_state
+from ring_rl.training.state import create_state, noise_key
 from ring_rl.training.step import Loss, compile_step, compiled_report, make_train_step
 
 
@@ -122,8 +122,24 @@ def test_randomness_is_a_function_of_seed_and_step():
     assert len(set(noise)) == 3
     assert [float(metrics["noise"]) for metrics in run(1, 8, steps=3)[1]] == noise
     assert [float(metrics["noise"]) for metrics in run(1, 1, steps=3, seed=1)[1]] != noise
-    key = jax.random.fold_in(jax.random.key(0), 2)
+    key = jax.random.fold_in(noise_key(0), 2)
     assert noise[2] == float(jax.random.uniform(key))
+
+
+def test_the_loss_does_not_draw_what_the_parameters_were_drawn_from():
+    class Drawn(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.value = nnx.Param(jax.random.uniform(rngs.params()))
+
+    def loss_function(model: Drawn, batch: dict, key: jax.Array) -> Loss:
+        noise = jax.random.uniform(nnx.Rngs(key).params())
+        return Loss(model.value[...], jnp.float32(1), {"noise": (noise, jnp.float32(1))})
+
+    mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=1))
+    graphdef, state = create_state(Drawn, optax.sgd(1.0), seed=0, mesh=mesh)
+    drawn = float(jax.tree.leaves(state.parameters)[0])
+    _, metrics = make_train_step(loss_function, graphdef, optax.sgd(1.0), mesh, seed=0)(state, make_batch(0))
+    assert float(metrics["noise"]) != drawn
 
 
 def test_the_state_is_donated():
