@@ -223,10 +223,11 @@ def train(
             if stopping:
                 checkpointer.wait()
                 raise TrainingInterrupted(f"step {done} of {config.steps} is saved; start again to resume")
-    # Also where there was nothing left to do: a finished run has its last checkpoint.
-    if start == config.steps:
-        save({})
-    checkpointer.wait()
+        # Also where there was nothing left to do: a finished run has its last checkpoint.
+        if start == config.steps:
+            save({})
+        # A first signal must not end the process while the last checkpoint is being written.
+        checkpointer.wait()
     return state
 
 

@@ -390,6 +390,35 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, number):
     assert float(run(tmp_path, state=state)[0].parameters["total"]) == sum(range(10))
 
 
+def test_a_signal_does_not_end_the_last_save(tmp_path, monkeypatch):
+    """The last checkpoint is written in the background, when the last step is over already."""
+    saved, signalled, outside = [], [], []
+    save, wait = Checkpointer.save, Checkpointer.wait
+
+    def save_and_tell(self: Checkpointer, state: TrainState, **options: Any) -> bool:
+        began = save(self, state, **options)
+        saved.append(int(state.step))
+        return began
+
+    def wait_and_signal(self: Checkpointer) -> None:
+        if saved[-1:] == [10] and not signalled:
+            signalled.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        wait(self)
+
+    monkeypatch.setattr(Checkpointer, "save", save_and_tell)
+    monkeypatch.setattr(Checkpointer, "wait", wait_and_signal)
+    before = signal.signal(signal.SIGTERM, lambda *_: outside.append(True))
+    try:
+        state, _ = run(tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert signalled
+    assert not outside
+    assert int(state.step) == 10
+    assert saved_steps(tmp_path) == [4, 8, 10]
+
+
 def test_a_diverged_state_is_not_saved_on_a_signal(tmp_path):
     def step_function(state: TrainState, batch: jax.Array):
         if int(state.step) == 2:
