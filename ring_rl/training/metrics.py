@@ -66,9 +66,11 @@ class JsonlWriter:
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line."""
         record = {"step": step} | {name: _finite_or_none(value) for name, value in metrics.items()}
-        line = json.dumps(record, allow_nan=False) + "\n"
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
         try:
-            self._file.write(line.encode())
+            # A disk with room for a part of the line takes that part and does not complain; the rest does.
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(error.errno, f"metrics cannot be written: {error.strerror}", str(self._path)) from error
 

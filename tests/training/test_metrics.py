@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 
@@ -88,6 +90,25 @@ def test_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match=r"metrics cannot be written: No space left on device: .*metrics\.jsonl"):
         writer.write(1, {"loss": 1.0})
     writer._file.close()
+
+
+def test_a_disk_with_room_for_half_a_line_is_full(tmp_path):
+    """The system then writes that half and reports no error; a later line behind it would damage the file."""
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonlWriter(path, resume_step=0)
+    writer.write(1, {"loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="metrics cannot be written: File too large"):
+            writer.write(2, {"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    writer.close()
+    write_steps(path, [2, 3], resume_step=1)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
 
 def test_console_prints_one_line_a_step():
