@@ -47,10 +47,12 @@ MAY_DIFFER = (
     "device_memory_gib",
     "wandb",
     "loop.log_every",
+    "loop.checkpoint_every",
     "loop.keep_checkpoints",
     "loop.best_metric",
     "loop.best_mode",
     "loop.keep_best",
+    "loop.largest_loss_ratio",
     "loop.peak_flops_per_second",
     "loop.profile",
 )
@@ -89,7 +91,7 @@ class RunConfig:
 
     Attributes:
         run_dir: the run's folder; the same one again goes on.
-        seed: of the parameters and of the randomness inside the loss.
+        seed: of the parameters and of the randomness inside the loss; JAX knows 2**32 of them.
         accumulation_steps: microbatches that a batch is cut into, one after another in the memory of one.
         dry_run: compile, report what a step needs, and stop before anything is made.
         device_memory_gib: of one device, for the dry run; null asks the device.
@@ -109,6 +111,10 @@ class RunConfig:
     input: InputConfig
     wandb: WandbConfig
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32), got {self.seed}; others would repeat one of these")
+
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
@@ -116,7 +122,7 @@ class FinishedRun:
 
     Attributes:
         parameters: numbers that were trained.
-        seconds: from the first compilation to the last checkpoint.
+        seconds: from the compilation to the last picture.
         compiled: as from `compiled_report`.
     """
 
@@ -213,15 +219,17 @@ def run_training(
             _say(f"{run.path} is complete; raise loop.steps in a new run_dir to train for longer")
             return None
 
-        # Batches are made while the step is compiled.
-        stream.start()
-        compiled = compile_step(step, state, stream.abstract_batch)
-        report = compiled_report(compiled)
-        if main:
-            record_start(run.path, start)
-            write_whole(run.path / "compiled.json", json.dumps({"mesh": dict(mesh.shape), **report}, indent=2) + "\n")
         with contextlib.ExitStack() as stack:
+            # Before anything is compiled: wandb may refuse.
             writers = _open_writers(stack, run, config, start=start, resolved=resolved) if main else []
+            # Batches are made while the step is compiled.
+            stream.start()
+            compiled = compile_step(step, state, stream.abstract_batch)
+            report = compiled_report(compiled)
+            if main:
+                record_start(run.path, start)
+                compiled_facts = {"mesh": dict(mesh.shape), **report}
+                write_whole(run.path / "compiled.json", json.dumps(compiled_facts, indent=2) + "\n")
             state = train(
                 state=state,
                 step_function=compiled,

@@ -176,10 +176,17 @@ def test_a_misspelt_key_or_choice_is_refused_in_one_line(tmp_path, override, com
         ("agent.time_octaves=-1", "agent.time_octaves must be at least 0, got -1"),
         ("agent.chain.rank_temperature=1000", "chain.rank_temperature must lie in [0, 100]"),
         ("agent.name=decision_transformer", "set it to 1 or use agent=agentic_transformer"),
+        ("seed=-1", "seed must lie in [0, 2**32), got -1"),
+        ("seed=4294967296", "seed must lie in [0, 2**32), got 4294967296"),
+        (
+            ("batch.layout=striped", "agent.token_layout=return_state_action_reward"),
+            "layout=striped deals out single tokens",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line_before_anything_is_made(train, refused, tmp_path, override, complaint):
-    assert complaint in refused(train, tmp_path / "run", override)
+    overrides = (override,) if isinstance(override, str) else override
+    assert complaint in refused(train, tmp_path / "run", *overrides)
     assert not (tmp_path / "run").exists()
 
 
