@@ -116,8 +116,8 @@ def train(
     more than two steps behind.
 
     SIGINT and SIGTERM let the current step finish, save it and raise `TrainingInterrupted` (an evaluation due
-    at that very step is left out); a second one ends the process at once. The handlers that were there before
-    are restored. Outside the main thread no handlers are set, because Python allows none.
+    at that very step is left out); a second one ends the process at once. During the last step they change
+    nothing: it is evaluated and saved as ever. The handlers that were there before are restored. Outside the main thread no handlers are set, because Python allows none.
 
     Where several processes train together all of them call this with the same arguments, except that only the
     main one has writers and shows progress. Asked to stop, they stop after the same step; every other decision
@@ -193,8 +193,9 @@ def train(
                     profiler.stop(state)
 
             # Read once: a signal may come between any two lines, and what is saved must have been checked.
-            stopping = agree_to_stop(done, stop.requested)
+            # After the last step there is nothing to stop: a run that is complete would never be evaluated again.
             last = done == config.steps
+            stopping = agree_to_stop(done, stop.requested) and not last
             log_now = last or done % config.log_every == 0
             save_now = last or stopping or done % config.checkpoint_every == 0
             evaluate_now = evaluate_every is not None and (last or done % evaluate_every == 0) and not stopping

@@ -390,6 +390,20 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, number):
     assert float(run(tmp_path, state=state)[0].parameters["total"]) == sum(range(10))
 
 
+def test_a_signal_at_the_last_step_leaves_its_evaluation_in(tmp_path):
+    """A complete run is not taken up again, so nothing would make up for it."""
+
+    def step_function(state: TrainState, batch: jax.Array):
+        if int(state.step) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return add_batch(state, batch)
+
+    evaluate = {"evaluate": lambda _: {"total": 1.0}}
+    _, records = run(tmp_path, step_function=step_function, evaluate_every=9, options=evaluate)
+    assert [step for step, record in records if "evaluation/total" in record] == [9, 10]
+    assert saved_steps(tmp_path) == [4, 8, 10]
+
+
 def test_a_signal_does_not_end_the_last_save(tmp_path, monkeypatch):
     """The last checkpoint is written in the background, when the last step is over already."""
     saved, signalled, outside = [], [], []
