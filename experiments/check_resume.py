@@ -102,6 +102,9 @@ def kill_and_resume(
     for index, number in enumerate(track(signals, description="kills")):
         first, last = (int(steps * (index + share) / (len(signals) + 1)) for share in (0.2, 1.0))
         at_step = generator.randint(first, last)
+        if number == signal.SIGTERM:
+            # Only a process that trains can save and leave; the records so far are another one's.
+            at_step = max(at_step, _last_step(run) + 1)
         with subprocess.Popen(command(run), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             try:
                 _wait_until(lambda at_step=at_step: _last_step(run) >= at_step, process)
