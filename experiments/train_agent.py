@@ -95,7 +95,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
             wandb=config.wandb,
         ),
         resolved=resolved,
-        may_differ=(*MAY_DIFFER, "data.root"),
+        may_differ=(*MAY_DIFFER, "data.root", *(f"agent.{path}" for path in task.memory_choices)),
         headline=f"{config.agent.name} on {config.task}: {describe_mesh(parallel.mesh)}, {config.batch.layout} layout",
     )
     if finished is not None and is_main_process():

@@ -15,6 +15,7 @@ from ring_rl.agent.work import model_flops, tokens_per_chain
 from ring_rl.config import to_mapping
 from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel
+from ring_rl.nn.transformer import MEMORY_CHOICES
 from ring_rl.training.run import TrainingTask
 
 __all__ = ["BatchConfig", "make_training_task"]
@@ -65,6 +66,7 @@ def make_training_task(
     return TrainingTask(
         make_model=lambda rngs: make_model(model, rngs),
         model_config=to_mapping(model),
+        memory_choices=tuple(f"transformer.{name}" for name in MEMORY_CHOICES),
         loss_function=make_action_loss(parallel),
         rows=sampler,
         batch_size=batch.batch_size,

@@ -23,6 +23,8 @@ from ring_rl.nn.weights import gathered, weight_specs, without_first_dimension
 from ring_rl.typing import Array, Float, Int
 
 ComputeDtype = Literal["float32", "bfloat16"]
+# The fields of `TransformerConfig` that say in what memory the same function of the same parameters is computed.
+MEMORY_CHOICES = ("feed_forward_chunks", "attention_block_size", "saved_activations")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,7 @@ class Checkpointer:
         keep: how many of the newest stay; an older one is deleted only after a newer one is whole.
         best: keep the best ones as well.
         model_config: the plain mapping that the model is built from; restoring under another one is refused.
+        may_differ: dotted paths of it that may be others on restoring, because the parameters mean the same.
         extra: plain JSON that every checkpoint carries.
     """
 
@@ -69,6 +70,7 @@ class Checkpointer:
         model_config: Mapping[str, Any],
         extra: Mapping[str, Any] | None = None,
         best: BestCheckpoints | None = None,
+        may_differ: tuple[str, ...] = (),
     ):
         if keep < 1:
             raise ValueError(f"at least 1 checkpoint must be kept, got {keep}")
@@ -77,6 +79,7 @@ class Checkpointer:
         self._model_config = _through_json(model_config, "model_config")
         self._extra = _through_json(extra or {}, "extra")
         self._best = best
+        self._may_differ = may_differ
         self._silencer = EchoSilencer()
         policies = ocp.checkpoint_managers
         preserve = policies.LatestN(keep)
@@ -200,7 +203,7 @@ class Checkpointer:
             raise FileNotFoundError(f"no checkpoint in {self.folder}; train first, or name a run that has saved one")
         checkpoint = self.folder / str(step)
         metadata = read_metadata(checkpoint, formats=(FORMAT_VERSION,))
-        differences = describe_differences(metadata.model_config, self._model_config)
+        differences = describe_differences(metadata.model_config, self._model_config, ignore=self._may_differ)
         if differences:
             raise ValueError(
                 f"the checkpoint {checkpoint} holds another model: {'; '.join(differences)}; "

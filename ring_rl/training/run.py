@@ -65,6 +65,8 @@ class TrainingTask:
     Attributes:
         make_model: builds the model from random streams.
         model_config: the plain mapping that the model is built from; checkpoints carry it.
+        memory_choices: dotted paths of it that say in what memory the model computes, and not what: a run may go on
+            with others, as it may on another mesh.
         loss_function: of a global batch, as `make_train_step` takes it.
         rows: makes the rows of a batch.
         batch_size: rows of a global batch.
@@ -76,6 +78,7 @@ class TrainingTask:
 
     make_model: Callable[[nnx.Rngs], nnx.Module]
     model_config: Mapping[str, Any]
+    memory_choices: tuple[str, ...]
     loss_function: LossFunction
     rows: RowSource
     batch_size: int
@@ -202,6 +205,7 @@ def run_training(
             keep=config.loop.keep_checkpoints,
             best=config.loop.best_checkpoints,
             model_config=task.model_config,
+            may_differ=task.memory_choices,
             extra=task.extra,
         ) as checkpointer,
     ):

@@ -77,6 +77,16 @@ def test_going_on_gives_the_uninterrupted_curve(train, tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+def test_a_run_goes_on_in_other_memory(train, tmp_path):
+    """A machine with fewer devices, or smaller ones, may need to save less and to cut finer."""
+    train(tmp_path / "whole")
+    train(tmp_path / "parts")
+    (tmp_path / "parts" / "checkpoints" / "6").rename(tmp_path / "lost")
+    smaller = ("saved_activations=none", "feed_forward_chunks=2", "attention_block_size=64")
+    train(tmp_path / "parts", "mesh.sp=4", *(f"agent.transformer.{choice}" for choice in smaller))
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-4)
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(data_root, tmp_path):
     """The real thing: another process, SIGKILL, the same command again."""
     command = [

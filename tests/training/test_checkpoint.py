@@ -137,6 +137,15 @@ def test_another_model_is_refused_key_by_key(tmp_path):
         checkpointer.restore_latest(make_state(sp=1))
 
 
+def test_what_may_differ_of_the_model_does_not_keep_it_from_going_on(tmp_path):
+    state = make_state(sp=1)
+    with open_checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state)
+    other = {**MODEL_CONFIG, "rotary": {"base": 5e5}}
+    with Checkpointer(tmp_path, keep=2, model_config=other, may_differ=("rotary.base",)) as checkpointer:
+        assert_same(checkpointer.restore_latest(make_state(sp=1, seed=1))[0], state)
+
+
 def test_what_a_killed_process_left_is_ignored_and_cleared(tmp_path):
     with open_checkpointer(tmp_path) as checkpointer:
         checkpointer.save(at_step(make_state(sp=1), 3))
