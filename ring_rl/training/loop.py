@@ -117,7 +117,8 @@ def train(
 
     SIGINT and SIGTERM let the current step finish, save it and raise `TrainingInterrupted` (an evaluation due
     at that very step is left out); a second one ends the process at once. During the last step they change
-    nothing: it is evaluated and saved as ever. The handlers that were there before are restored. Outside the main thread no handlers are set, because Python allows none.
+    nothing: it is evaluated and saved as ever. The handlers that were there before are restored. Outside the
+    main thread no handlers are set, because Python allows none.
 
     Where several processes train together all of them call this with the same arguments, except that only the
     main one has writers and shows progress. Asked to stop, they stop after the same step; every other decision
