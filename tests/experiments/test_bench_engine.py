@@ -68,6 +68,11 @@ def test_the_report_follows_from_its_rounds(measured):
         "bare_ms": f"{result['bare_ms']:.1f}",
         "input_wait": f"{result['input_wait']:.4f}",
     }
+    title, _, theirs, mine = (measured.output / "table.md").read_text().splitlines()
+    assert title == "| loop | ms a step | of the bare loop | waiting for input |"
+    assert theirs.endswith(f"| {result['bare_ms']:.1f} | 1.000 |  |")
+    shown = f"{result['engine_ms']:.1f} | {result['engine_over_bare_loop']:.3f} | {100 * result['input_wait']:.2f}%"
+    assert mine == f"| the engine | {shown} |"
 
 
 def test_a_measurement_is_not_overwritten(measured, call_script, refused):

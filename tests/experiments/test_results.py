@@ -114,3 +114,18 @@ def test_the_options_table_follows_from_its_measurements():
     together = needed["all together"]
     assert all(size > together for name, size in needed.items() if name.startswith("all but: "))
     assert needed["all together, 8 x the context"] <= plain
+
+
+def test_the_engine_table_follows_from_its_rounds():
+    result = json.loads((RESULTS / "engine" / "cpu" / "engine.json").read_text())
+    seconds = {name: np.array(values) for name, values in result["seconds_a_step"].items()}
+    # The ratio is the median over rounds, in each of which both met the same state of the machine.
+    ratio, wait = np.median(seconds["engine"] / seconds["bare"]), np.median(result["input_waits"])
+    bare, engine = table(RESULTS / "engine" / "cpu" / "table.md").values()
+    assert bare == [f"{1e3 * np.median(seconds['bare']):.1f}", "1.000", ""]
+    assert engine == [f"{1e3 * np.median(seconds['engine']):.1f}", f"{ratio:.3f}", f"{100 * wait:.2f}%"]
+    assert len(seconds["engine"]) == len(seconds["bare"]) == result["config"]["rounds"] >= 3
+    assert result["commit"]
+    # The engine costs less than a twentieth of a step, and its input keeps up.
+    assert ratio < 1.05
+    assert wait < 0.02
