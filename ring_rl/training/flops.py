@@ -18,6 +18,8 @@ from flax import nnx
 
 __all__ = ["matmul_parameters", "model_flops_per_step"]
 
+_MULTIPLIED = ("kernel", "head")
+
 
 def model_flops_per_step(
     *, matmul_parameters: int, tokens: int, layers: int, query_heads: int, head_dim: int, visible_pairs: int
@@ -50,7 +52,8 @@ def model_flops_per_step(
 
 
 def matmul_parameters(parameters: nnx.State) -> int:
-    """P: numbers in the parameters named "kernel", as flax names what multiplies activations.
+    """P: numbers in the parameters named "kernel", as flax names what multiplies activations, and "head", a
+    vocabulary's own projection (`ring_rl.nn.vocabulary`).
 
     Embeddings are looked up and biases and scales added, which is free; a vocabulary projection tied to its
     embedding must be added by hand. Layers that see only some of the tokens (the embedding of one kind of token, a
@@ -59,5 +62,5 @@ def matmul_parameters(parameters: nnx.State) -> int:
     return sum(
         math.prod(parameter.get_value().shape)
         for path, parameter in nnx.to_flat_state(parameters)
-        if path[-1] == "kernel"
+        if path[-1] in _MULTIPLIED
     )

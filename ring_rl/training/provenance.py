@@ -11,13 +11,16 @@ from typing import Any
 import jax
 
 _STARTS = "starts.jsonl"
+# What a result depends on; results and pages lie beside it and change when results are made.
+_SOURCE = ("ring_rl", "conf", "experiments/*.py", "datasets/*.py")
 
 
 def git_commit() -> str | None:
-    """The commit of the source this runs from, if it is a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit of the source this runs from, if it is a checkout; "+changes" after it if the source is another."""
+    repository = Path(__file__).parents[2]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        commit = _git(repository, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(repository, "status", "--porcelain", "--", *_SOURCE) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -31,6 +34,11 @@ def device_description() -> str:
 def versions(*packages: str) -> dict[str, str]:
     """The installed versions of these packages, and Python's."""
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _git(repository: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(repository), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def _processor() -> str:

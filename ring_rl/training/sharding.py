@@ -6,6 +6,9 @@ A parameter names its dimensions (`ring_rl.nn.logical_axes`), and one table says
     heads, hidden, vocabulary    tp             never gathered: each device computes its part
     None                         never sharded
 
+A vocabulary that tp does not divide is left whole: its size is the tokenizer's to choose. Any other dimension that
+its axis does not divide is refused.
+
 `weight_axes` is fsdp, or fsdp and sp: then the devices that share a sequence share the weights, too, as in Ring
 Attention (arXiv:2310.01889), for as many more bytes to gather.
 
@@ -124,6 +127,9 @@ def _named_axes(
             axes.append(None)
             continue
         size = math.prod(mesh.shape[axis] for axis in wanted)
+        if length % size and logical == "vocabulary":
+            axes.append(None)
+            continue
         if length % size:
             sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in wanted)
             remedy = f"choose {wanted[0]} among the divisors of {length}"

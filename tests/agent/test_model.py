@@ -150,13 +150,12 @@ def losses(chains, dp, sp, config, steps=20):
     return curve
 
 
-@pytest.mark.parametrize("token_layout", ["fused", "return_state_action_reward"])
-def test_the_loss_curve_is_the_same_on_every_mesh(chains, token_layout):
-    config = chains.sequence_config(token_layout)
+def test_the_loss_curve_is_the_same_on_a_ring_where_a_step_is_several_tokens(chains):
+    """Fused tokens, and all other meshes: test_meshes.py."""
+    config = chains.sequence_config("return_state_action_reward")
     expected = losses(chains, 1, 1, config)
     assert expected[-1] < expected[0]
-    for dp, sp in ((1, 8), (2, 4), (8, 1)):
-        np.testing.assert_allclose(losses(chains, dp, sp, config), expected, rtol=1e-4, err_msg=f"{dp}x{sp}")
+    np.testing.assert_allclose(losses(chains, 2, 4, config), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("token_layout", LAYOUTS)

@@ -82,6 +82,19 @@ def test_devices_of_one_sequence_may_share_the_weights():
         parameter_shardings(mesh_of(dp=1, fsdp=1, tp=1, sp=3), parameters, weight_axes=("fsdp", "sp"))
 
 
+def test_a_vocabulary_of_any_size_will_do():
+    """As `ring_rl.nn.vocabulary` has it."""
+
+    class Module(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.table = one_parameter((8, 6), "width", "vocabulary")(rngs).table
+            self.hidden = one_parameter((8, 8), "width", "hidden")(rngs).table
+
+    parameters = nnx.state(nnx.eval_shape(lambda: Module(nnx.Rngs(0))), nnx.Param)
+    assert specs(parameter_shardings(mesh_of(fsdp=2, tp=2), parameters))["table.value"] == P("fsdp", "tp")
+    assert specs(parameter_shardings(mesh_of(fsdp=2, tp=4), parameters))["table.value"] == P("fsdp")
+
+
 OPTIMIZERS = {
     "adamw": optax.adamw(1e-3, weight_decay=0.1, mask=weight_decay_mask),
     "clipped momentum": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3, momentum=0.9)),
@@ -162,9 +175,9 @@ def test_a_mesh_axis_shards_the_first_of_two_dimensions_that_ask_for_it():
             "has length 6; choose fsdp among the divisors of 6",
         ),
         (
-            one_parameter((8, 6), "width", "vocabulary"),
+            one_parameter((8, 6), "width", "hidden"),
             {"tp": 4},
-            "cannot be sharded over the mesh axis tp=4: its dimension 1 (vocabulary) has length 6",
+            "cannot be sharded over the mesh axis tp=4: its dimension 1 (hidden) has length 6",
         ),
         (
             one_parameter((8, 8)),
