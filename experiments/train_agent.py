@@ -40,6 +40,7 @@ class TrainAgentConfig:
     run_dir: Path
     dry_run: bool
     device_memory_gib: float | None
+    profile: bool
     virtual_devices: int
     data: DataConfig
     agent: AgentConfig

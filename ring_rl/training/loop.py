@@ -80,11 +80,16 @@ class LoopConfig:
                     f"best_metric is {self.best_metric}, so each checkpoint needs an evaluation: checkpoint_every "
                     f"must be a multiple of evaluate_every={self.evaluate_every}, got {self.checkpoint_every}"
                 )
-        if self.profile is not None and self.profile.start_step + self.profile.steps > self.steps:
+        if self.traced is not None and self.traced.start_step + self.traced.steps > self.steps:
             raise ValueError(
-                f"the profile of steps {self.profile.start_step} to {self.profile.start_step + self.profile.steps} "
+                f"the profile of steps {self.traced.start_step} to {self.traced.start_step + self.traced.steps} "
                 f"ends after the last step {self.steps}; lower profile.start_step or profile.steps"
             )
+
+    @property
+    def traced(self) -> ProfileConfig | None:
+        """The steps to trace, or None."""
+        return self.profile if self.profile is not None and self.profile.enabled else None
 
     @property
     def best_checkpoints(self) -> BestCheckpoints | None:
@@ -167,7 +172,7 @@ def train(
     def fail(complaint: str, done: int) -> DivergenceError:
         return _divergence(complaint, done, checkpointer, batches, run_folder)
 
-    profile = config.profile if is_main_process() else None
+    profile = config.traced if is_main_process() else None
     with (
         TrainingProgress(start, config.steps, visible=progress) as bar,
         StopRequest() as stop,

@@ -21,20 +21,22 @@ _SHOWN = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """Which steps to trace.
+    """Whether and which steps to trace.
 
     Attributes:
+        enabled: whether.
         start_step: optimizer steps taken before the trace begins; past the first step nothing compiles any more.
         steps: how many steps it holds.
     """
 
+    enabled: bool
     start_step: int
     steps: int
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if (value := getattr(self, field.name)) < 1:
-                raise ValueError(f"{field.name} of a profile must be at least 1, got {value}")
+        for name in ("start_step", "steps"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} of a profile must be at least 1, got {value}")
 
 
 class StepProfiler:

@@ -44,6 +44,7 @@ MAY_DIFFER = (
     "distributed",
     "input",
     "dry_run",
+    "profile",
     "device_memory_gib",
     "wandb",
     "loop.log_every",

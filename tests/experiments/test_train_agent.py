@@ -44,6 +44,11 @@ def test_a_dry_run_says_what_a_step_needs_and_makes_nothing(train, tmp_path, cap
     assert not (tmp_path / "run").exists()
 
 
+def test_a_few_steps_are_traced_on_demand(train, tmp_path):
+    train(tmp_path / "run", "profile=true", "loop.profile.start_step=2", "loop.profile.steps=2")
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
 def test_meshes_strategies_and_microbatches_give_the_same_curve(train, tmp_path):
     """A run may go on with other devices; what it computes does not depend on them."""
     train(tmp_path / "ring")

@@ -351,7 +351,7 @@ def test_all_processes_stop_where_they_agree(tmp_path, monkeypatch):
 
 
 def test_a_profile_holds_the_steps_asked_for(tmp_path):
-    profile = ProfileConfig(start_step=4, steps=3)
+    profile = ProfileConfig(enabled=True, start_step=4, steps=3)
     run(tmp_path, profile=profile)
     [trace] = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
     summary = json.loads(trace.with_name("summary.json").read_text())
@@ -365,7 +365,7 @@ def test_a_profile_holds_the_steps_asked_for(tmp_path):
 
 
 def test_a_run_that_ends_while_it_is_profiled_ends_the_trace(tmp_path):
-    profile = ProfileConfig(start_step=2, steps=5)
+    profile = ProfileConfig(enabled=True, start_step=2, steps=5)
     with pytest.raises(DivergenceError):
         run(tmp_path, profile=profile, batch_at=lambda step: float("nan") if step == 3 else 1.0)
     run(tmp_path / "next", profile=profile)

@@ -23,4 +23,4 @@ def test_an_operation_counts_without_those_inside_it():
 @pytest.mark.parametrize("name", ["start_step", "steps"])
 def test_a_profile_begins_after_the_first_step_and_holds_one(name):
     with pytest.raises(ValueError, match=f"{name} of a profile must be at least 1, got 0"):
-        ProfileConfig(**{"start_step": 1, "steps": 1, name: 0})
+        ProfileConfig(**{"enabled": True, "start_step": 1, "steps": 1, name: 0})
