@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -101,7 +102,7 @@ def summarise_trace(trace: pathlib.Path) -> dict[str, Any]:
     seconds: collections.Counter[str] = collections.Counter()
     counts: collections.Counter[str] = collections.Counter()
     steps = set()
-    for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
+    for plane in _read(trace).planes:
         for line in plane.lines:
             operations = []
             for event in line.events:
@@ -123,6 +124,19 @@ def summarise_trace(trace: pathlib.Path) -> dict[str, Any]:
             for name, spent in seconds.most_common(_SHOWN)
         ],
     }
+
+
+def _read(trace: pathlib.Path) -> jax.profiler.ProfileData:
+    data = jax.profiler.ProfileData.from_file(str(trace))
+    # jaxlib 0.12 makes its types at their first use, with a warning that aborts the process where warnings are errors.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for plane in data.planes:
+            for line in plane.lines:
+                for event in line.events:
+                    list(event.stats)
+                    return data
+    return data
 
 
 def _own_durations(operations: Iterable[tuple[float, float, str]]) -> list[tuple[str, float]]:

@@ -90,14 +90,14 @@ def test_impossible_memory_is_refused():
 
 
 def test_what_is_needed_is_what_the_program_allocates():
-    """At least the argument and one matrix product of the same size in between."""
+    """At least the argument, the result, and one matrix product of the same size in between."""
     side = 256
 
     def function(x):
-        return jnp.sum(jnp.sin(x @ x) @ x)
+        return jnp.sin(x @ x) @ x
 
     compiled = jax.jit(function).lower(jax.ShapeDtypeStruct((side, side), jnp.float32)).compile()
-    assert needed_bytes(compiled, platform="cpu") >= 2 * 4 * side**2
+    assert needed_bytes(compiled, platform="cpu") >= 3 * 4 * side**2
     memory = SimpleNamespace(peak_memory_in_bytes=7)
     assert needed_bytes(SimpleNamespace(memory_analysis=lambda: memory), platform="tpu") == 7
     with pytest.raises(ValueError, match="the backend abacus does not report the memory of a program"):
