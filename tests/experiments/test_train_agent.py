@@ -72,6 +72,15 @@ def test_the_other_agents_train_too(train, tmp_path, agent):
     assert len(losses(tmp_path / "run")) == 6
 
 
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_checkpoint_of_8_devices_goes_on_with_fewer(train, tmp_path, devices):
+    train(tmp_path / "run")
+    expected = losses(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "6").rename(tmp_path / "lost")
+    train(tmp_path / "run", f"mesh.sp={devices}")
+    np.testing.assert_allclose(losses(tmp_path / "run"), expected, rtol=1e-4)
+
+
 def test_going_on_gives_the_uninterrupted_curve(train, tmp_path):
     """A run that is started again after its checkpoint at step 4 ends where one that never stopped does."""
     train(tmp_path / "whole")
