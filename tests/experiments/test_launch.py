@@ -57,7 +57,9 @@ def test_two_processes_of_4_devices_train_as_one_of_8(whole_run, train_options, 
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(whole_run), rtol=1e-4)
     # Printed, logged and drawn once, by the first one.
     assert "[0] agentic_transformer on cartpole_swingup: mesh dp=1 x fsdp=1 x tp=1 x sp=8 over 8 cpu" in output
-    assert not [line for line in output.splitlines() if line.startswith("[1]") and "Gloo" not in line]
+    # Gloo's threads of all processes write over one another, so only our own words tell.
+    second = [line for line in output.splitlines() if line.startswith("[1]")]
+    assert not [line for line in second if any(ours in line for ours in ("agentic_transformer", "loss", "seconds="))]
     assert len(losses(tmp_path / "run")) == 20
 
 
