@@ -18,7 +18,6 @@ from omegaconf import DictConfig
 from rich.progress import Progress
 
 from ring_rl.agent.agents import AgentConfig
-from ring_rl.agent.evaluation import markdown_table
 from ring_rl.agent.made_up import made_up_episodes
 from ring_rl.agent.training_task import BatchConfig, make_training_task
 from ring_rl.atomic_file import refuse_existing, write_whole
@@ -34,6 +33,7 @@ from ring_rl.training.optimizer import OptimizerConfig, learning_rate_at, make_o
 from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.training.state import create_state
 from ring_rl.training.step import LossFunction, compile_step, make_train_step
+from ring_rl.training.tables import markdown_table
 
 OUTPUTS = ("engine.json", "table.md")
 # Virtual devices share a pool of threads, which steps without end in flight would exhaust.

@@ -22,7 +22,6 @@ from ring_rl.agent.evaluation import (
     check_comparable,
     evaluate,
     load_agent,
-    markdown_table,
     table_rows,
     write_returns,
 )
@@ -33,6 +32,7 @@ from ring_rl.atomic_file import refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.training.provenance import device_description, git_commit, versions
+from ring_rl.training.tables import markdown_table
 
 OUTPUTS = (
     "returns.csv",

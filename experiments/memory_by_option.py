@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ring_rl.agent.evaluation import markdown_table
 from ring_rl.atomic_file import atomic_file, refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
@@ -26,11 +25,12 @@ from ring_rl.nn.saved_activations import SavedActivations
 from ring_rl.nn.transformer import Transformer, TransformerConfig
 from ring_rl.nn.vocabulary import Vocabulary
 from ring_rl.training.dry_run import needed_bytes
-from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh, request_virtual_devices
+from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh, request_virtual_devices, with_shardings
 from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
 from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.training.state import abstract_state
 from ring_rl.training.step import Loss, compile_step, make_train_step
+from ring_rl.training.tables import markdown_table
 from ring_rl.typing import Array
 
 ALL_TOGETHER = "all together"
@@ -121,11 +121,7 @@ def needed(config: MemoryByOptionConfig, options: Options, tokens: int) -> int:
     )
     shape = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     batch = dict.fromkeys(("tokens", "positions", "targets"), shape)
-    batch = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        batch,
-        batch_sharding(mesh, batch),
-    )
+    batch = with_shardings(batch, batch_sharding(mesh, batch))
     step = make_train_step(
         lambda model, batch, _: model.loss(batch, parallel, chunks=options.loss_chunks),
         graphdef,

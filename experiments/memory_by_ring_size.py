@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import hydra
-import jax
 import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
@@ -16,7 +15,6 @@ from rich.table import Table
 
 from ring_rl.agent.agents import SequenceAgentConfig, sequence_model_config
 from ring_rl.agent.chain_batch import empty_batch
-from ring_rl.agent.evaluation import markdown_table
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import make_model
 from ring_rl.agent.tokens import Normalisation, tokens_per_step
@@ -25,11 +23,12 @@ from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh, request_virtual_devices
+from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh, request_virtual_devices, with_shardings
 from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
 from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.training.state import create_state
 from ring_rl.training.step import compile_step, compiled_report, make_train_step
+from ring_rl.training.tables import markdown_table
 
 OUTPUTS = ("memory.csv", "table.md", "memory.png", "summary.json")
 
@@ -70,11 +69,7 @@ def compiled_memory(config: MemoryConfig, ring_size: int) -> dict[str, int]:
     batch = empty_batch(
         batch_size=1, steps=config.steps, observation_dim=config.observation_dim, action_dim=config.action_dim
     )
-    shapes = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        batch,
-        batch_sharding(mesh, batch),
-    )
+    shapes = with_shardings(batch, batch_sharding(mesh, batch))
     step = make_train_step(make_action_loss(parallel), graphdef, optimizer, mesh, seed=0)
     return {
         "ring_size": ring_size,

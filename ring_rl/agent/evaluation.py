@@ -216,10 +216,3 @@ def table_rows(results: Sequence[Result], data_returns: Float64[np.ndarray, " E"
     rows.append([f"data ({len(data_returns)} episodes)", f"{mean:.0f}", "", f"{best:.0f}", ""])
     rows.append(["data, 75th percentile", f"{p75:.0f}", "", "", ""])
     return rows
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as a Markdown table, the first one its head."""
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

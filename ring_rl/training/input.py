@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ring_rl.kernels.layout import Layout, permutation
-from ring_rl.training.mesh import batch_sharding
+from ring_rl.training.mesh import batch_sharding, with_shardings
 from ring_rl.typing import PyTree
 
 __all__ = ["BatchStream", "InputConfig", "RowSource", "RowStream"]
@@ -172,10 +172,7 @@ class _LocalBatches:
         first = jax.tree.map(_as_jax_would, source.row(0))
         self._row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype), self._row)
-        shardings = batch_sharding(mesh, batch)
-        self.abstract = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch, shardings
-        )
+        self.abstract = with_shardings(batch, batch_sharding(mesh, batch))
         self._leaves = jax.tree.map(
             lambda x: _LocalLeaf.of(x.shape, x.sharding, layout=layout, ring_size=ring_size), self.abstract
         )

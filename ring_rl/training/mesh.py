@@ -29,6 +29,7 @@ __all__ = [
     "replicated",
     "request_virtual_devices",
     "shard_batch",
+    "with_shardings",
 ]
 
 # From the outermost axis to the innermost one, whose neighbours are neighbouring devices.
@@ -199,6 +200,13 @@ def batch_sharding(mesh: Mesh, batch: PyTree[Any], *, accumulation_steps: int = 
         return NamedSharding(mesh, PartitionSpec(*(BATCH_AXES, SEQUENCE_AXIS)[: min(np.ndim(leaf), 2)]))
 
     return jax.tree_util.tree_map_with_path(sharding_of, batch)
+
+
+def with_shardings(tree: PyTree[Any], shardings: PyTree[NamedSharding]) -> PyTree[jax.ShapeDtypeStruct]:
+    """Shapes and types of `tree`, laid out so, for compiling ahead of the arrays."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
 
 
 def shard_batch(mesh: Mesh, batch: PyTree[Any]) -> PyTree[jax.Array]:

@@ -83,7 +83,19 @@ class ScheduledOptimizer(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamWConfig(ScheduledOptimizer):
+class _WithBetas(ScheduledOptimizer):
+    """An update rule with two decay rates."""
+
+    beta1: float
+    beta2: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_decay_rates("beta1", "beta2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamWConfig(_WithBetas):
     """AdamW (arXiv:1711.05101). State: two numbers a parameter.
 
     Attributes:
@@ -93,12 +105,6 @@ class AdamWConfig(ScheduledOptimizer):
     """
 
     name: Literal["adamw"]
-    beta1: float
-    beta2: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_decay_rates("beta1", "beta2")
 
     def update_rule(self, learning_rate: LearningRate) -> optax.GradientTransformation:
         """learning_rate (m / (sqrt(v) + 1e-8) + weight_decay p)."""
@@ -108,7 +114,7 @@ class AdamWConfig(ScheduledOptimizer):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LionConfig(ScheduledOptimizer):
+class LionConfig(_WithBetas):
     """Lion (arXiv:2302.06675): the sign of a momentum. State: one number a parameter.
 
     Every update has the size of the learning rate: take a rate 3 to 10 times smaller than AdamW's, and a weight
@@ -121,12 +127,6 @@ class LionConfig(ScheduledOptimizer):
     """
 
     name: Literal["lion"]
-    beta1: float
-    beta2: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_decay_rates("beta1", "beta2")
 
     def update_rule(self, learning_rate: LearningRate) -> optax.GradientTransformation:
         """learning_rate (sign(beta1 m + (1 - beta1) g) + weight_decay p)."""

@@ -10,7 +10,7 @@ from typing import Any
 from ring_rl.atomic_file import write_whole
 from ring_rl.training.metrics import PERFORMANCE_PREFIX, read_metrics
 
-__all__ = ["RUN_PANELS", "plot_learning_curve", "plot_run"]
+__all__ = ["RUN_PANELS", "plot_learning_curve", "plot_run", "write_figure"]
 
 # What a run is looked at for, and the title that says it in full.
 RUN_PANELS: Mapping[str, str] = {
@@ -66,7 +66,7 @@ def plot_learning_curve(
     axes.grid(alpha=0.3)
     if len(paths) > 1:
         axes.legend()
-    _write(figure, out_path)
+    write_figure(figure, out_path)
 
 
 def plot_run(metrics_path: pathlib.Path, out_path: pathlib.Path) -> None:
@@ -99,14 +99,19 @@ def plot_run(metrics_path: pathlib.Path, out_path: pathlib.Path) -> None:
     for axes in list(figure.axes)[len(curves) :]:
         axes.set_axis_off()
     figure.supxlabel("optimizer steps", fontsize="medium")
-    _write(figure, out_path)
+    write_figure(figure, out_path)
 
 
 def _points(records: Sequence[Mapping[str, Any]], metric: str) -> list[tuple[int, float]]:
     return [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
 
 
-def _write(figure: Any, out_path: pathlib.Path) -> None:
+def write_figure(figure: Any, out_path: pathlib.Path) -> None:
+    """Save a matplotlib figure whole or not at all; the suffix is the format, and an older picture is replaced.
+
+    Raises:
+        ValueError: the suffix names no format.
+    """
     out_path = pathlib.Path(out_path)
     formats = figure.canvas.get_supported_filetypes()
     suffix = out_path.suffix.removeprefix(".")

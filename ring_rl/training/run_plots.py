@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import pathlib
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ring_rl.atomic_file import write_whole
+from ring_rl.training.plots import write_figure
 from ring_rl.training.run_report import setting_text
 from ring_rl.training.run_table import RunTable, TableRow
 from ring_rl.training.statistics import estimate
@@ -54,7 +53,7 @@ def plot_curves(table: RunTable, metric: str, path: pathlib.Path, *, largest_cou
         # A line each: settings are long.
         figure.set_figheight(figure.get_figheight() + 0.2 * drawn)
         figure.legend(loc="outside lower center", fontsize="small")
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def plot_final_by_setting(table: RunTable, metric: str, path: pathlib.Path) -> None:
@@ -78,7 +77,7 @@ def plot_final_by_setting(table: RunTable, metric: str, path: pathlib.Path) -> N
         axes.set_ylabel(f"{metric}, final")
     for axes in panels[len(table.keys) :]:
         axes.remove()
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def _common_curves(row: TableRow, metric: str) -> tuple[list[int], np.ndarray]:
@@ -118,9 +117,3 @@ def _figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
     for axes in panels:
         axes.grid(alpha=0.3)
     return figure, panels
-
-
-def _save(figure: Figure, path: pathlib.Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format=path.suffix.removeprefix("."), dpi=150)
-    write_whole(path, picture.getvalue())

@@ -12,6 +12,7 @@ import numpy as np
 
 from ring_rl.training.run_table import RunTable
 from ring_rl.training.saved_runs import SavedRun
+from ring_rl.training.tables import markdown_table
 
 __all__ = ["markdown", "runs_csv", "setting_text", "table_csv"]
 
@@ -49,22 +50,22 @@ def markdown(table: RunTable, *, digits: int = 4) -> str:
     header = [*table.keys, "seeds"]
     for metric, goal in table.goals.items():
         header += [f"{metric}, final", f"{metric}, {'lowest' if goal == 'minimize' else 'highest'}"]
-    lines = [_line(header), _line(["---"] * len(header))]
+    lines = [header]
     for row in table.rows:
         seeds = f"{len(row.runs)} of {len(row.runs) + len(row.missing)}" if row.missing else str(len(row.runs))
         cells = [*_cells(row.settings, table.keys), seeds]
         for metric in table.goals:
             cells += [f"{row.final[metric]:.{digits}g}", f"{row.best[metric]:.{digits}g}"]
-        lines.append(_line(cells))
+        lines.append(cells)
     notes = ["Mean over seeds and 95% interval (Student's t)."]
     if single := sum(len(row.runs) == 1 for row in table.rows):
         notes.append(f"{single} of {len(table.rows)} rows have one seed and no interval.")
-    lines += ["", " ".join(notes)]
+    below = ["", " ".join(notes)]
     if table.left_out:
-        lines += ["", f"Not counted, {len(table.left_out)} of {len(table.left_out) + _counted(table)} runs:", ""]
-        lines += [f"- `{run.path}`{_settings(run, table)}: {run.problem}" for run in table.left_out]
-    lines += ["", " ".join(_provenance(table))]
-    return "\n".join(lines) + "\n"
+        below += ["", f"Not counted, {len(table.left_out)} of {len(table.left_out) + _counted(table)} runs:", ""]
+        below += [f"- `{run.path}`{_settings(run, table)}: {run.problem}" for run in table.left_out]
+    below += ["", " ".join(_provenance(table))]
+    return markdown_table(lines) + "\n".join(below) + "\n"
 
 
 def _settings(run: SavedRun, table: RunTable) -> str:
@@ -95,10 +96,6 @@ def _cells(settings: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
 def setting_text(value: Any) -> str:
     """A setting's value as a table shows it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _csv(lines: Sequence[Sequence[str]]) -> str:

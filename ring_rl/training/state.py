@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from ring_rl.training.mesh import replicated
+from ring_rl.training.mesh import replicated, with_shardings
 from ring_rl.training.sharding import FSDP_ONLY, optimizer_shardings, parameter_shardings
 from ring_rl.typing import Array, Int32, PRNGKeyArray, PyTree
 
@@ -89,12 +89,7 @@ def abstract_state(
                 f"parameters in float32 and let the model compute in {parameter.dtype}"
             )
     state = jax.eval_shape(lambda: _initialise(make_model, optimizer, _init_key(0)))
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state,
-        state_shardings(mesh, optimizer, state, weight_axes=weight_axes),
-    )
-    return graphdef, placed
+    return graphdef, with_shardings(state, state_shardings(mesh, optimizer, state, weight_axes=weight_axes))
 
 
 def state_shardings(

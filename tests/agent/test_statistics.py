@@ -1,9 +1,10 @@
 import numpy as np
 
-from ring_rl.agent.evaluation import Result, markdown_table, table_rows
+from ring_rl.agent.evaluation import Result, table_rows
 from ring_rl.agent.rollout import Rollouts
 from ring_rl.agent.statistics import score
 from ring_rl.agent.trajectory import Trajectory
+from ring_rl.training.tables import markdown_table
 
 
 def test_mean_last_and_best_are_different_rules():

@@ -29,7 +29,7 @@ def table_of(folder, runs, **options):
 def drawn(monkeypatch):
     """The figures, in place of their files."""
     figures = []
-    monkeypatch.setattr(run_plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(run_plots, "write_figure", lambda figure, path: figures.append(figure))
     return figures
 
 
