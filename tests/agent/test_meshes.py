@@ -35,15 +35,15 @@ OPTIMIZER = AdamWConfig(
 
 @pytest.fixture(scope="module")
 def losses(chains):
-    """(dp, fsdp, tp, sp), accumulation steps -> the losses of 20 steps."""
-    config = chains.sequence_config("fused")
-    transformer = dataclasses.replace(
-        config.transformer, width=32, query_heads=4, key_value_heads=4, head_dim=8, feed_forward_width=64
-    )
-    config = dataclasses.replace(config, transformer=transformer)
+    """(dp, fsdp, tp, sp), accumulation steps, token layout -> the losses of 20 steps."""
 
     @functools.cache
-    def run(sizes: tuple[int, int, int, int], accumulation_steps: int = 1) -> list[float]:
+    def run(sizes: tuple[int, int, int, int], accumulation_steps: int = 1, token_layout="fused") -> list[float]:
+        config = chains.sequence_config(token_layout)
+        transformer = dataclasses.replace(
+            config.transformer, width=32, query_heads=4, key_value_heads=4, head_dim=8, feed_forward_width=64
+        )
+        config = dataclasses.replace(config, transformer=transformer)
         dp, fsdp, tp, sp = sizes
         mesh = make_mesh(MeshConfig(dp=dp, fsdp=fsdp, tp=tp, sp=sp))
         # Chains of 30 steps, padded to 32, which every ring here divides: all meshes get the same rows.
@@ -88,3 +88,9 @@ def test_losses_agree_on_every_mesh(losses, sizes):
 
 def test_losses_agree_with_accumulation(losses):
     np.testing.assert_allclose(losses((1, 2, 2, 2), 4), losses((1, 1, 1, 1)), rtol=1e-4)
+
+
+def test_losses_agree_on_a_ring_where_a_step_is_several_tokens(losses):
+    expected = losses((1, 1, 1, 1), token_layout="return_state_action_reward")
+    assert expected[-1] < expected[0]
+    np.testing.assert_allclose(losses((2, 1, 1, 4), token_layout="return_state_action_reward"), expected, rtol=1e-4)

@@ -7,17 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ring_rl.agent.chain_batch import BatchLayout, ChainBatch, ChainSampler, chain_arrays
-from ring_rl.agent.hindsight import ChainConfig
+from ring_rl.agent.chain_batch import ChainBatch, chain_arrays
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import BehaviourCloningConfig, check_token_layout, make_model
 from ring_rl.agent.tokens import Normalisation, TokenLayout, fourier_features, tokens_per_step
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.training.input import InputConfig, RowStream
 from ring_rl.training.mesh import MeshConfig, make_mesh
-from ring_rl.training.optimizer import AdamWConfig, make_optimizer
-from ring_rl.training.state import create_state
-from ring_rl.training.step import make_train_step
 
 LAYOUTS = typing.get_args(TokenLayout)
 
@@ -107,55 +102,6 @@ def test_normalisation_must_make_sense():
         Normalisation(observation_mean=(0.0,), observation_scale=(1.0, 1.0), return_scale=1.0)
     with pytest.raises(ValueError, match="are all returns of the data zero"):
         Normalisation(observation_mean=(), observation_scale=(), return_scale=0.0)
-
-
-def losses(chains, dp, sp, config, steps=20):
-    mesh = make_mesh(MeshConfig(dp=dp, fsdp=1, tp=1, sp=sp))
-    around = SequenceParallel(mesh=mesh, layout="zigzag")
-    sampler = ChainSampler(
-        chains.episode_set(12),
-        ChainConfig(trajectories=3, random_length=True, sampling="ranked", rank_temperature=2.0, loss_on="all"),
-        BatchLayout(batch_size=8, ring_size=sp, layout="zigzag", pad_to_ring=True),
-        seed=0,
-    )
-    optimizer = make_optimizer(
-        AdamWConfig(
-            name="adamw",
-            learning_rate=3e-3,
-            weight_decay=0.01,
-            beta1=0.9,
-            beta2=0.98,
-            warmup_steps=2,
-            schedule="cosine",
-            final_learning_rate_fraction=0.1,
-            gradient_clip_norm=1.0,
-        ),
-        total_steps=steps,
-    )
-    graphdef, state = create_state(lambda rngs: make_model(config, rngs), optimizer, seed=0, mesh=mesh)
-    step = make_train_step(make_action_loss(around), graphdef, optimizer, mesh, seed=0)
-    stream = RowStream(
-        sampler,
-        batch_size=8,
-        steps=steps,
-        mesh=mesh,
-        layout="zigzag",
-        ring_size=sp,
-        config=InputConfig(threads=1, prefetch_batches=1),
-    )
-    curve = []
-    for _ in range(steps):
-        state, metrics = step(state, next(stream))
-        curve.append(float(metrics["loss"]))
-    return curve
-
-
-def test_the_loss_curve_is_the_same_on_a_ring_where_a_step_is_several_tokens(chains):
-    """Fused tokens, and all other meshes: test_meshes.py."""
-    config = chains.sequence_config("return_state_action_reward")
-    expected = losses(chains, 1, 1, config)
-    assert expected[-1] < expected[0]
-    np.testing.assert_allclose(losses(chains, 2, 4, config), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("token_layout", LAYOUTS)
