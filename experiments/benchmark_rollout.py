@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 from rich.progress import Progress
 
 from ring_rl.agent.agents import SequenceAgentConfig, sequence_model_config
-from ring_rl.agent.domains import DOMAINS, parse_task
+from ring_rl.agent.environments.domains import DOMAINS, parse_task
+from ring_rl.agent.evaluation.policy import ModelPolicy
+from ring_rl.agent.evaluation.rollout import reset_seeds, roll_out
 from ring_rl.agent.model import make_model
-from ring_rl.agent.policy import ModelPolicy
-from ring_rl.agent.rollout import reset_seeds, roll_out
 from ring_rl.agent.tokens import Normalisation, tokens_per_step
 from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
@@ -31,7 +31,7 @@ class BenchmarkConfig:
 
 def benchmark(config: BenchmarkConfig) -> None:
     """Rolls out one chain in every row and prints how long it took, compilation included."""
-    from ring_rl.agent.environment import make_vector_environment
+    from ring_rl.agent.environments.environment import make_vector_environment
 
     domain = DOMAINS[parse_task(config.task)[0]]
     environments = make_vector_environment(config.task, count=config.rows, action_repeat=config.action_repeat)

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ring_rl.agent.domains import DOMAINS, parse_task
-from ring_rl.agent.evaluation import (
+from ring_rl.agent.environments.domains import DOMAINS, parse_task
+from ring_rl.agent.evaluation.plots import plot_return_by_episode, plot_returns_in_data
+from ring_rl.agent.evaluation.policy import Policy, UniformPolicy
+from ring_rl.agent.evaluation.protocol import (
     ProtocolConfig,
     Result,
     TrainedAgent,
@@ -25,9 +27,7 @@ from ring_rl.agent.evaluation import (
     table_rows,
     write_returns,
 )
-from ring_rl.agent.plots import plot_return_by_episode, plot_returns_in_data
-from ring_rl.agent.policy import Policy, UniformPolicy
-from ring_rl.agent.rollout import Rollouts
+from ring_rl.agent.evaluation.rollout import Rollouts
 from ring_rl.atomic_file import refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
@@ -102,7 +102,7 @@ def check_episode_length(agents: list[TrainedAgent], control_steps: int) -> None
 
 def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[Result]:
     """Every entry under the protocol, with progress."""
-    from ring_rl.agent.environment import make_vector_environment
+    from ring_rl.agent.environments.environment import make_vector_environment
 
     check_episode_length(agents, DOMAINS[parse_task(agents[0].task)[0]].episode_steps)
     entries = entries_of(config, agents)
@@ -178,7 +178,7 @@ def evaluate_agents(config: EvaluateAgentConfig) -> None:
 
 def contact_sheet(config: EvaluateAgentConfig, task: str, result: Result) -> list[Path]:
     """A strip of frames of the first agent's last episode, if this machine can draw one."""
-    from ring_rl.agent.rendering import render_contact_sheet
+    from ring_rl.agent.environments.rendering import render_contact_sheet
 
     trajectory = result.rollouts[0].trajectories[0][-1]
     if trajectory.physics is None:

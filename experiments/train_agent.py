@@ -8,7 +8,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from ring_rl.agent.agents import AgentConfig
-from ring_rl.agent.data import DataConfig, load_episodes
+from ring_rl.agent.episodes.load import DataConfig, load_episodes
 from ring_rl.agent.training_task import BatchConfig, make_training_task
 from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point

@@ -20,7 +20,7 @@ from ring_rl.hydra_config import resolve, run_entry_point
 def main(cfg: DictConfig) -> None:
     """Collects what the configuration says and prints where it is and how good it is."""
     with exit_on_bad_input():
-        from ring_rl.agent.collection import CollectionConfig, collect  # needs the simulator, and says so
+        from ring_rl.agent.exploration.collection import CollectionConfig, collect  # needs the simulator, and says so
 
         settings = resolve(cfg)
         if settings["root"] is None:

@@ -11,8 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from ring_rl.agent.domains import DOMAINS
-from ring_rl.agent.download import download, unpack
+from ring_rl.agent.environments.domains import DOMAINS
+from ring_rl.agent.episodes.download import download, unpack
 from ring_rl.atomic_file import atomic_file
 from ring_rl.config import exit_on_bad_input
 

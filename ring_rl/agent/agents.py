@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from ring_rl.agent.data import normalisation_of
-from ring_rl.agent.exorl import EpisodeSet, select_best_fraction
+from ring_rl.agent.episodes.exorl import EpisodeSet, select_best_fraction
+from ring_rl.agent.episodes.load import normalisation_of
 from ring_rl.agent.hindsight import ChainConfig
 from ring_rl.agent.model import BehaviourCloningConfig, ModelConfig, SequenceModelConfig
 from ring_rl.agent.tokens import Normalisation, TokenLayout

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ring_rl.agent.exorl import EpisodeSet
+from ring_rl.agent.episodes.exorl import EpisodeSet
+from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.agent.hindsight import ChainConfig, sample_chain
-from ring_rl.agent.trajectory import Trajectory
 from ring_rl.kernels.layout import Layout, check_length, padded_length
 from ring_rl.typing import Float32, Int32
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ring_rl.agent.exorl import EpisodeSet
-from ring_rl.agent.trajectory import Trajectory
+from ring_rl.agent.episodes.exorl import EpisodeSet
+from ring_rl.agent.episodes.trajectory import Trajectory
 
 __all__ = ["made_up_episodes"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ring_rl.agent.agents import AgentConfig, SequenceAgentConfig, model_config, training_episodes
 from ring_rl.agent.chain_batch import BatchLayout, ChainSampler
-from ring_rl.agent.exorl import EpisodeSet
+from ring_rl.agent.episodes.exorl import EpisodeSet
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import check_token_layout, make_model
 from ring_rl.agent.work import model_flops, tokens_per_chain

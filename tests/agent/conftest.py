@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ring_rl.agent.exorl import EpisodeSet
+from ring_rl.agent.episodes.exorl import EpisodeSet
+from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.agent.model import SequenceModelConfig
 from ring_rl.agent.tokens import Normalisation
-from ring_rl.agent.trajectory import Trajectory
 from ring_rl.nn.transformer import TransformerConfig
 
 OBSERVATION_DIM, ACTION_DIM = 3, 2

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("dm_control", reason="collecting needs the simulator: pip install 'ring_rl[simulator]'")
 
-from ring_rl.agent.exorl import read_episodes
+from ring_rl.agent.episodes.exorl import read_episodes
 
 pytestmark = pytest.mark.simulator
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from ring_rl.agent.exorl import DOMAINS
+from ring_rl.agent.episodes.exorl import DOMAINS
 
 FOLDER = Path(__file__).parents[2] / "datasets" / "exorl"
 

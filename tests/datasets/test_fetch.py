@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ring_rl.agent.exorl import read_episodes
+from ring_rl.agent.episodes.exorl import read_episodes
 
 SCRIPT = Path(__file__).parents[2] / "datasets" / "exorl" / "fetch.py"
 

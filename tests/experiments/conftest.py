@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
-from ring_rl.agent.exorl import write_episode
-from ring_rl.agent.trajectory import Trajectory
+from ring_rl.agent.episodes.exorl import write_episode
+from ring_rl.agent.episodes.trajectory import Trajectory
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -65,8 +65,8 @@ def test_my_own_notes_are_not_overwritten(call_script, refused, tmp_path, run_di
 def test_an_agent_of_shorter_episodes_is_refused(call_script, refused, tmp_path):
     import numpy as np
 
-    from ring_rl.agent.exorl import write_episode
-    from ring_rl.agent.trajectory import Trajectory
+    from ring_rl.agent.episodes.exorl import write_episode
+    from ring_rl.agent.episodes.trajectory import Trajectory
 
     buffer = tmp_path / "cartpole" / "policy_search_cartpole_swingup" / "buffer"
     buffer.mkdir(parents=True)

@@ -6,14 +6,14 @@ import pytest
 
 pytest.importorskip("dm_control", reason="collecting needs the simulator: pip install 'ring_rl[simulator]'")
 
-from ring_rl.agent import collection
-from ring_rl.agent.batched_physics import BatchedPhysics
-from ring_rl.agent.collection import CollectionConfig, collect, make_explorer, play_batch
-from ring_rl.agent.environment import make_environment, observations_of_states, rewards_of_states
-from ring_rl.agent.exorl import read_episode
-from ring_rl.agent.exploration import NoiseConfig, UniformConfig
-from ring_rl.agent.policy_search import PolicySearchConfig
-from ring_rl.agent.trajectory import merge_held_actions
+from ring_rl.agent.environments.batched_physics import BatchedPhysics
+from ring_rl.agent.environments.environment import make_environment, observations_of_states, rewards_of_states
+from ring_rl.agent.episodes.exorl import read_episode
+from ring_rl.agent.episodes.trajectory import merge_held_actions
+from ring_rl.agent.exploration import collection
+from ring_rl.agent.exploration.collection import CollectionConfig, collect, make_explorer, play_batch
+from ring_rl.agent.exploration.explorers import NoiseConfig, UniformConfig
+from ring_rl.agent.exploration.policy_search import PolicySearchConfig
 
 pytestmark = pytest.mark.simulator
 

@@ -3,9 +3,9 @@ import pytest
 
 pytest.importorskip("dm_control", reason="physics needs the simulator: pip install 'ring_rl[simulator]'")
 
-from ring_rl.agent.batched_physics import BatchedPhysics
-from ring_rl.agent.domains import DOMAINS, parse_task, task_names
-from ring_rl.agent.environment import make_environment, rewards_of_states
+from ring_rl.agent.environments.batched_physics import BatchedPhysics
+from ring_rl.agent.environments.domains import DOMAINS, parse_task, task_names
+from ring_rl.agent.environments.environment import make_environment, rewards_of_states
 
 pytestmark = pytest.mark.simulator
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ring_rl.agent.trajectory import Trajectory, merge_held_actions
+from ring_rl.agent.episodes.trajectory import Trajectory, merge_held_actions
 
 
 def make_trajectory(*, decisions=5, hold=1, observation_dim=3, action_dim=2, physics_dim=4, seed=0) -> Trajectory:

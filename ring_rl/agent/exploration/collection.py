@@ -32,10 +32,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ring_rl.agent.batched_physics import BatchedPhysics
-from ring_rl.agent.domains import DOMAINS, parse_task
-from ring_rl.agent.exorl import EpisodeSet, read_episodes, write_episode
-from ring_rl.agent.exploration import (
+from ring_rl.agent.environments.batched_physics import BatchedPhysics
+from ring_rl.agent.environments.domains import DOMAINS, parse_task
+from ring_rl.agent.episodes.exorl import EpisodeSet, read_episodes, write_episode
+from ring_rl.agent.episodes.trajectory import Trajectory
+from ring_rl.agent.exploration.explorers import (
     Batch,
     Explorer,
     NoiseConfig,
@@ -43,8 +44,7 @@ from ring_rl.agent.exploration import (
     UniformConfig,
     UniformExplorer,
 )
-from ring_rl.agent.policy_search import PolicySearch, PolicySearchConfig
-from ring_rl.agent.trajectory import Trajectory
+from ring_rl.agent.exploration.policy_search import PolicySearch, PolicySearchConfig
 from ring_rl.atomic_file import atomic_file
 from ring_rl.config import describe_differences, to_mapping
 from ring_rl.training.provenance import git_commit, versions

@@ -8,10 +8,10 @@ from flax import nnx
 pytest.importorskip("dm_control", reason="rollouts need the simulator")
 
 from ring_rl.agent.chain_batch import ChainBatch, chain_arrays
-from ring_rl.agent.environment import make_vector_environment
+from ring_rl.agent.environments.environment import make_vector_environment
+from ring_rl.agent.evaluation.policy import ModelPolicy, UniformPolicy
+from ring_rl.agent.evaluation.rollout import reset_seeds, roll_out
 from ring_rl.agent.model import make_model
-from ring_rl.agent.policy import ModelPolicy, UniformPolicy
-from ring_rl.agent.rollout import reset_seeds, roll_out
 from ring_rl.agent.tokens import Normalisation, TokenLayout
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.mesh import MeshConfig, make_mesh

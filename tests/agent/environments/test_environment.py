@@ -10,8 +10,8 @@ import gymnasium
 from dm_control import suite
 from gymnasium.utils.env_checker import check_env
 
-from ring_rl.agent.domains import DOMAINS, parse_task, task_names
-from ring_rl.agent.environment import (
+from ring_rl.agent.environments.domains import DOMAINS, parse_task, task_names
+from ring_rl.agent.environments.environment import (
     DMControlEnvironment,
     make_environment,
     make_vector_environment,
@@ -214,7 +214,7 @@ def test_tasks_are_registered_on_demand():
 
 def test_importing_registers_nothing():
     code = (
-        "import gymnasium, ring_rl.agent.environment; "
+        "import gymnasium, ring_rl.agent.environments.environment; "
         "raise SystemExit(any(name.startswith('ring_rl') for name in gymnasium.registry))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -254,10 +254,10 @@ def test_without_the_simulator_the_remedy_is_named_and_data_still_reads():
 import sys
 for name in ("dm_control", "mujoco", "gymnasium"):
     sys.modules[name] = None
-import ring_rl.agent.exorl, ring_rl.agent.trajectory
-assert ring_rl.agent.exorl.parse_task("walker_walk") == ("walker", "walk")
+import ring_rl.agent.episodes.exorl, ring_rl.agent.episodes.trajectory
+assert ring_rl.agent.episodes.exorl.parse_task("walker_walk") == ("walker", "walk")
 try:
-    import ring_rl.agent.environment
+    import ring_rl.agent.environments.environment
 except ImportError as error:
     raise SystemExit(0 if "pip install 'ring_rl[simulator]'" in str(error) else 2)
 raise SystemExit(3)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ring_rl.agent.download import Unpacked, download, unpack
+from ring_rl.agent.episodes.download import Unpacked, download, unpack
 
 BODY = bytes(range(256)) * 40
 

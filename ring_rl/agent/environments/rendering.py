@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from ring_rl.agent.domains import DOMAINS, parse_task
+from ring_rl.agent.environments.domains import DOMAINS, parse_task
 from ring_rl.atomic_file import atomic_file
 from ring_rl.typing import Float64, Int
 
@@ -181,7 +181,7 @@ def _arrange(
 
 def _draw_states(task: str, states_path: Path, pictures_path: Path, width: int, height: int) -> None:
     """Runs in a process of its own, with `MUJOCO_GL` set."""
-    from ring_rl.agent.environment import load_simulation
+    from ring_rl.agent.environments.environment import load_simulation
 
     domain, name = parse_task(task)
     physics = load_simulation(domain, name, flat_observation=False).physics

@@ -29,8 +29,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from ring_rl.agent.domains import DOMAINS, DomainSpec, parse_task
-from ring_rl.agent.trajectory import Trajectory
+from ring_rl.agent.environments.domains import DOMAINS, DomainSpec, parse_task
+from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.atomic_file import atomic_file
 from ring_rl.typing import Float64
 

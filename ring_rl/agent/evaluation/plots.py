@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from ring_rl.agent.evaluation import Result
+from ring_rl.agent.evaluation.protocol import Result
 from ring_rl.atomic_file import atomic_file
 from ring_rl.training.statistics import estimate
 from ring_rl.typing import Float64

@@ -21,14 +21,14 @@ from typing import Literal
 
 import numpy as np
 
-from ring_rl.agent.exploration import (
+from ring_rl.agent.episodes.trajectory import Trajectory
+from ring_rl.agent.exploration.explorers import (
     Batch,
     UniformConfig,
     UniformExplorer,
     draw_reset_seeds,
     require_at_least_one,
 )
-from ring_rl.agent.trajectory import Trajectory
 from ring_rl.typing import Float32, Float64
 
 __all__ = ["PolicySearch", "PolicySearchConfig", "largest_degree", "monomials"]

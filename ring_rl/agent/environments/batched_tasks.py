@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ring_rl.agent.domains import parse_task
-from ring_rl.agent.environment import load_simulation
+from ring_rl.agent.environments.domains import parse_task
+from ring_rl.agent.environments.environment import load_simulation
 from ring_rl.typing import Float64
 
 # environment.py has made sure that the simulator is there and says so if not.

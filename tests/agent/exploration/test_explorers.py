@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ring_rl.agent.exploration import (
+from ring_rl.agent.exploration.explorers import (
     NoiseConfig,
     NoiseExplorer,
     UniformConfig,

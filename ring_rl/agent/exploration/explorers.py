@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from ring_rl.agent.trajectory import Trajectory
+from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.typing import Float32
 
 __all__ = [

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ring_rl.agent import rendering
-from ring_rl.agent.rendering import Rendering, render_contact_sheet, render_video
+from ring_rl.agent.environments import rendering
+from ring_rl.agent.environments.rendering import Rendering, render_contact_sheet, render_video
 
 SHEET = {"frames": 5, "columns": 3, "frame_size": (40, 30), "overwrite": False}
 STATES = np.linspace(0, 1, 11)[:, None] * np.array([0.5, 3.0, 0.0, 0.0])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ring_rl.agent.domains import DOMAINS, parse_task, task_names
+from ring_rl.agent.environments.domains import DOMAINS, parse_task, task_names
 from ring_rl.typing import Float32, Float64
 
 try:

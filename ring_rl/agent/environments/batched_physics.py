@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from ring_rl.agent.batched_tasks import make_batched_task
-from ring_rl.agent.domains import DOMAINS, parse_task
-from ring_rl.agent.environment import action_range, control_of_actions, make_environment
+from ring_rl.agent.environments.batched_tasks import make_batched_task
+from ring_rl.agent.environments.domains import DOMAINS, parse_task
+from ring_rl.agent.environments.environment import action_range, control_of_actions, make_environment
 from ring_rl.typing import Float32, Float64
 
 import mujoco  # isort: skip

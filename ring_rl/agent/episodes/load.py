@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ring_rl.agent.domains import parse_task
-from ring_rl.agent.exorl import EpisodeSet, read_episodes
+from ring_rl.agent.environments.domains import parse_task
+from ring_rl.agent.episodes.exorl import EpisodeSet, read_episodes
+from ring_rl.agent.episodes.trajectory import merge_held_actions
 from ring_rl.agent.tokens import Normalisation
-from ring_rl.agent.trajectory import merge_held_actions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

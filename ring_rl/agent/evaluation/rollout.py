@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ring_rl.agent.chain_batch import ChainBatch
-from ring_rl.agent.policy import Policy
-from ring_rl.agent.trajectory import Trajectory
+from ring_rl.agent.episodes.trajectory import Trajectory
+from ring_rl.agent.evaluation.policy import Policy
 from ring_rl.typing import Float64, Int
 
 

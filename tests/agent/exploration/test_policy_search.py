@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ring_rl.agent.policy_search import PolicySearch, PolicySearchConfig, largest_degree, monomials
-from ring_rl.agent.trajectory import Trajectory
+from ring_rl.agent.episodes.trajectory import Trajectory
+from ring_rl.agent.exploration.policy_search import PolicySearch, PolicySearchConfig, largest_degree, monomials
 
 SEARCH = {
     "name": "policy_search",

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ring_rl.agent.evaluation.policy import ModelPolicy, Policy
+from ring_rl.agent.evaluation.rollout import Rollouts, reset_seeds, roll_out
+from ring_rl.agent.evaluation.statistics import Scores, score
 from ring_rl.agent.model import BehaviourCloningConfig, ModelConfig, SequenceModelConfig
-from ring_rl.agent.policy import ModelPolicy, Policy
-from ring_rl.agent.rollout import Rollouts, reset_seeds, roll_out
-from ring_rl.agent.statistics import Scores, score
 from ring_rl.atomic_file import write_whole
 from ring_rl.config import from_mapping
 from ring_rl.training.checkpoint import load_for_evaluation

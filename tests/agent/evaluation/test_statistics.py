@@ -1,9 +1,9 @@
 import numpy as np
 
-from ring_rl.agent.evaluation import Result, table_rows
-from ring_rl.agent.rollout import Rollouts
-from ring_rl.agent.statistics import score
-from ring_rl.agent.trajectory import Trajectory
+from ring_rl.agent.episodes.trajectory import Trajectory
+from ring_rl.agent.evaluation.protocol import Result, table_rows
+from ring_rl.agent.evaluation.rollout import Rollouts
+from ring_rl.agent.evaluation.statistics import score
 from ring_rl.training.tables import markdown_table
 
 

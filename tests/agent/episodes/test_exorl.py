@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ring_rl.agent.exorl import (
+from ring_rl.agent.episodes.exorl import (
     DOMAINS,
     EpisodeSet,
     list_episodes,
@@ -18,7 +18,7 @@ from ring_rl.agent.exorl import (
     select_best_fraction,
     write_episode,
 )
-from ring_rl.agent.trajectory import Trajectory
+from ring_rl.agent.episodes.trajectory import Trajectory
 
 
 def make_trajectory(*, length=8, observation_dim=3, action_dim=2, reward=0.5, physics_dim=4, seed=0) -> Trajectory:

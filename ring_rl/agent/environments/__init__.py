@@ -1,0 +1,1 @@
+"""The tasks of ExoRL: their simulators, one by one and many at once."""

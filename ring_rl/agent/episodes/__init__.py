@@ -1,0 +1,1 @@
+"""Recorded episodes: what one is, and the formats they are kept in."""

@@ -1,0 +1,1 @@
+"""Agents in their environments: rollouts, scores, and comparisons under one protocol."""

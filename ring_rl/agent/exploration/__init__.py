@@ -1,0 +1,1 @@
+"""Who explores, and how episodes are collected."""
