@@ -8,7 +8,7 @@ import numpy as np
 
 from ring_rl.agent.episodes.exorl import EpisodeSet
 from ring_rl.agent.episodes.trajectory import Trajectory
-from ring_rl.agent.hindsight import ChainConfig, sample_chain
+from ring_rl.agent.hindsight import ChainConfig, LossOn, Target, sample_chain
 from ring_rl.kernels.layout import Layout, check_length, padded_length
 from ring_rl.typing import Float32, Int32
 
@@ -19,7 +19,7 @@ _AnyArray = Any
 class ChainBatch(NamedTuple):
     """B chains of T = N L steps, flattened and padded at the end, in the layout of the ring.
 
-    For a chain with target R and trajectories of rewards r[0..L-1]:
+    For a chain with target R (of all its trajectories, or of each its own) and trajectories of rewards r[0..L-1]:
 
         step                 0      1      ...   L-1   |   0      1    ...    the next trajectory
         returns_to_go        R    R-r[0]   ...         |   R    R-r[0]  ...   the same R again
@@ -106,23 +106,37 @@ class ChainSampler:
         generator = np.random.default_rng([self._seed, index])
         chosen = sample_chain(generator, self._episodes.returns, self._chain)
         trajectories = [self._episodes.trajectories[i] for i in chosen]
-        return chain_arrays(trajectories, steps=self._steps, loss_on_best=self._chain.loss_on == "best")
+        return chain_arrays(trajectories, steps=self._steps, loss_on=self._chain.loss_on, target=self._chain.target)
 
 
 def chain_arrays(
-    trajectories: Sequence[Trajectory], *, steps: int, loss_on_best: bool, target_return: float | None = None
+    trajectories: Sequence[Trajectory], *, steps: int, loss_on: LossOn, target: Target | float
 ) -> ChainBatch:
-    """One chain (no batch axis) in natural order, padded to `steps`; the target is the best return by default."""
-    if target_return is None:
-        target_return = max(trajectory.episode_return for trajectory in trajectories)
+    """One chain (no batch axis) in natural order, padded to `steps`.
+
+    Args:
+        trajectories: In the order they are read.
+        steps: Columns of the result.
+        loss_on: Whose actions have a weight.
+        target: The return asked for at the start of every trajectory; as in `ChainConfig`, or a number for all.
+
+    Raises:
+        ValueError: The trajectories are longer than `steps` together.
+    """
+    if target == "own_return":
+        targets = [trajectory.episode_return for trajectory in trajectories]
+    elif target == "chain_maximum":
+        targets = [max(trajectory.episode_return for trajectory in trajectories)] * len(trajectories)
+    else:
+        targets = [target] * len(trajectories)
     parts = [
         _trajectory_arrays(
             trajectory,
             index=index,
             target_return=target_return,
-            loss_weight=1.0 if not loss_on_best or index == len(trajectories) - 1 else 0.0,
+            loss_weight=1.0 if loss_on == "all" or index == len(trajectories) - 1 else 0.0,
         )
-        for index, trajectory in enumerate(trajectories)
+        for index, (trajectory, target_return) in enumerate(zip(trajectories, targets, strict=True))
     ]
     chain = ChainBatch(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
     filled = len(chain.rewards)

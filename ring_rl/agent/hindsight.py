@@ -3,7 +3,8 @@
 Agentic Transformer (arXiv:2305.16554): N trajectories stand in ascending order of return, and every one of
 them is told the same target, the return of the best. Read from left to right, the chain shows attempts at one
 goal that come closer and closer, and the last one reaches it. A chain of one trajectory, whose target is its
-own return, is what a Decision Transformer (arXiv:2106.01345) reads.
+own return, is what a Decision Transformer (arXiv:2106.01345) reads. Both halves of the idea can be taken away, to
+see what each is worth: order="shuffled" leaves no direction to the chain, target="own_return" no hindsight.
 """
 
 import dataclasses
@@ -14,7 +15,9 @@ import numpy as np
 from ring_rl.typing import Float64, Int
 
 Sampling = Literal["uniform", "ranked"]
-LossOn = Literal["all", "best"]
+Order = Literal["ascending", "shuffled"]
+Target = Literal["chain_maximum", "own_return"]
+LossOn = Literal["all", "last"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,14 +27,19 @@ class ChainConfig:
     Attributes:
         trajectories: Trajectories N in a chain, at most.
         random_length: Draw the number of trajectories from 1..N, both ends included; otherwise always N.
+        order: "ascending" in return, or "shuffled": any order, each as likely.
+        target: The return that a trajectory is told at its start: the "chain_maximum" or its "own_return".
         sampling: "uniform", or "ranked": with probability proportional to exp(rank_temperature · rank / E),
             rank 0 being the worst of E episodes and E - 1 the best.
         rank_temperature: How much "ranked" prefers good episodes; 0 is uniform.
-        loss_on: Learn from the actions of "all" trajectories of a chain, or of the last and "best" one only.
+        loss_on: Learn from the actions of "all" trajectories of a chain, or of the "last" one only, which in
+            ascending order is the best.
     """
 
     trajectories: int
     random_length: bool
+    order: Order
+    target: Target
     sampling: Sampling
     rank_temperature: float
     loss_on: LossOn
@@ -58,7 +66,7 @@ def sampling_probabilities(returns: Float64[np.ndarray, " E"], config: ChainConf
 def sample_chain(
     generator: np.random.Generator, returns: Float64[np.ndarray, " E"], config: ChainConfig
 ) -> Int[np.ndarray, " n"]:
-    """Indices of the episodes of one chain, without repetition, in ascending order of return.
+    """Indices of the episodes of one chain, without repetition, in the order they are read.
 
     Raises:
         ValueError: A chain wants more trajectories than there are episodes.
@@ -71,4 +79,7 @@ def sample_chain(
     length = generator.integers(1, config.trajectories + 1) if config.random_length else config.trajectories
     probabilities = sampling_probabilities(returns, config)
     chosen = generator.choice(len(returns), size=length, replace=False, p=probabilities)
+    if config.order == "shuffled":
+        # Drawn one after another without repetition, better episodes tend to come first: that is an order, too.
+        return generator.permutation(chosen)
     return chosen[np.argsort(returns[chosen], kind="stable")]

@@ -7,7 +7,13 @@ from ring_rl.agent.hindsight import ChainConfig
 
 def sampler(episodes, *, ring_size=1, layout="zigzag", pad_to_ring=True, trajectories=3, loss_on="all", seed=0):
     chain = ChainConfig(
-        trajectories=trajectories, random_length=False, sampling="uniform", rank_temperature=0.0, loss_on=loss_on
+        trajectories=trajectories,
+        random_length=False,
+        order="ascending",
+        target="chain_maximum",
+        sampling="uniform",
+        rank_temperature=0.0,
+        loss_on=loss_on,
     )
     batch = BatchLayout(batch_size=2, ring_size=ring_size, layout=layout, pad_to_ring=pad_to_ring)
     return ChainSampler(episodes, chain, batch, seed=seed)
@@ -16,7 +22,7 @@ def sampler(episodes, *, ring_size=1, layout="zigzag", pad_to_ring=True, traject
 def test_a_chain_by_hand(chains):
     generator = np.random.default_rng(0)
     worse, better = chains.trajectory(generator, 3, 0.1), chains.trajectory(generator, 2, 1.0)
-    chain = chain_arrays([worse, better], steps=7, loss_on_best=False)
+    chain = chain_arrays([worse, better], steps=7, loss_on="all", target="chain_maximum")
     target = better.episode_return
     first = target - np.array([0, worse.rewards[0], worse.rewards[:2].sum()])
     second = target - np.array([0, better.rewards[0]])
@@ -33,23 +39,31 @@ def test_a_chain_by_hand(chains):
     np.testing.assert_array_equal(chain.actions[:3], worse.actions)
 
 
-def test_loss_on_the_best_only(chains):
+def test_loss_on_the_last_only(chains):
     generator = np.random.default_rng(0)
     parts = [chains.trajectory(generator, 2, level) for level in (0.1, 1.0)]
-    assert chain_arrays(parts, steps=4, loss_on_best=True).loss_weights.tolist() == [0, 0, 1, 1]
+    assert chain_arrays(parts, steps=4, loss_on="last", target="chain_maximum").loss_weights.tolist() == [0, 0, 1, 1]
 
 
 def test_a_single_trajectory_has_its_own_return_as_target(chains):
     trajectory = chains.trajectory(np.random.default_rng(0), 4)
-    chain = chain_arrays([trajectory], steps=4, loss_on_best=False)
+    chain = chain_arrays([trajectory], steps=4, loss_on="all", target="chain_maximum")
     assert chain.returns_to_go[0] == pytest.approx(trajectory.episode_return)
     assert chain.returns_to_go[3] == pytest.approx(trajectory.rewards[3], abs=1e-5)
     assert chain.completions.tolist() == [0, 0, 0, 1]
 
 
+def test_without_hindsight_every_trajectory_is_told_its_own_return(chains):
+    generator = np.random.default_rng(0)
+    parts = [chains.trajectory(generator, 2, level) for level in (0.1, 1.0)]
+    chain = chain_arrays(parts, steps=4, loss_on="all", target="own_return")
+    np.testing.assert_allclose(chain.returns_to_go[[0, 2]], [each.episode_return for each in parts], rtol=1e-6)
+    assert chain.completions.tolist() == [0, 1, 0, 1]
+
+
 def test_a_missed_target_is_not_completed(chains):
     trajectory = chains.trajectory(np.random.default_rng(0), 4)
-    missed = chain_arrays([trajectory], steps=4, loss_on_best=False, target_return=trajectory.episode_return + 1)
+    missed = chain_arrays([trajectory], steps=4, loss_on="all", target=trajectory.episode_return + 1)
     assert missed.completions.sum() == 0
 
 

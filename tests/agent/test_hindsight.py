@@ -10,6 +10,8 @@ def config(**changes):
     values = {
         "trajectories": 3,
         "random_length": False,
+        "order": "ascending",
+        "target": "chain_maximum",
         "sampling": "ranked",
         "rank_temperature": 4.0,
         "loss_on": "all",
@@ -35,6 +37,16 @@ def test_chains_ascend_and_repeat_nothing(seed, count, trajectories, random_leng
     assert len(set(chosen)) == len(chosen)
     assert 1 <= len(chosen) <= trajectories
     assert random_length or len(chosen) == trajectories
+
+
+def test_a_shuffled_chain_holds_the_same_episodes_in_every_order():
+    returns = np.arange(9.0)
+    draw = lambda order, seed: sample_chain(np.random.default_rng(seed), returns, config(order=order)).tolist()  # noqa: E731
+    shuffled = [draw("shuffled", seed) for seed in range(600)]
+    assert all(sorted(chain) == draw("ascending", seed) for seed, chain in enumerate(shuffled))
+    places_of_best = [chain.index(max(chain)) for chain in shuffled]
+    # Each place is as likely: 200 of 600 expected, 5 standard deviations are 58.
+    assert all(142 < places_of_best.count(place) < 258 for place in range(3))
 
 
 def test_random_length_reaches_both_ends():

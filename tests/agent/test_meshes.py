@@ -49,7 +49,15 @@ def losses(chains):
         # Chains of 30 steps, padded to 32, which every ring here divides: all meshes get the same rows.
         sampler = ChainSampler(
             chains.episode_set(12),
-            ChainConfig(trajectories=3, random_length=True, sampling="ranked", rank_temperature=2.0, loss_on="all"),
+            ChainConfig(
+                trajectories=3,
+                random_length=True,
+                order="ascending",
+                target="chain_maximum",
+                sampling="ranked",
+                rank_temperature=2.0,
+                loss_on="all",
+            ),
             BatchLayout(batch_size=8, ring_size=8, layout="zigzag", pad_to_ring=True),
             seed=0,
         )

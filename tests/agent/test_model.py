@@ -25,7 +25,7 @@ def one_chain(chains, config):
     generator = np.random.default_rng(0)
     parts = [chains.trajectory(generator, config.episode_steps) for _ in range(config.trajectories)]
     parts.sort(key=lambda each: each.episode_return)
-    chain = chain_arrays(parts, steps=config.trajectories * config.episode_steps, loss_on_best=False)
+    chain = chain_arrays(parts, steps=config.trajectories * config.episode_steps, loss_on="all", target="chain_maximum")
     return ChainBatch(*(x[None] for x in chain))
 
 

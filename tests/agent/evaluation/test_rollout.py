@@ -53,7 +53,7 @@ def test_cached_rollouts_act_as_the_full_forward_pass_would(chains, environments
     )
     assert (rollouts.returns >= TARGET).any()
     steps = EPISODES * (1000 // REPEAT)
-    rows = [chain_arrays(row, steps=steps, loss_on_best=False, target_return=TARGET) for row in rollouts.trajectories]
+    rows = [chain_arrays(row, steps=steps, loss_on="all", target=TARGET) for row in rollouts.trajectories]
     batch = ChainBatch(*(np.stack(columns) for columns in zip(*rows, strict=True)))
     parallel = SequenceParallel(mesh=make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=1)), layout="contiguous")
     model = nnx.merge(nnx.split(make_model(config, nnx.Rngs(0)))[0], parameters)
