@@ -36,6 +36,7 @@ class TrainAgentConfig:
     """Everything one training run is made of."""
 
     task: str
+    label: str
     seed: int
     run_dir: Path
     dry_run: bool
@@ -75,7 +76,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         parallel=parallel,
         seed=config.seed,
         extra={
-            "label": config.agent.name,
+            "label": config.label,
             "task": config.task,
             "seed": config.seed,
             "action_repeat": config.data.action_repeat,
@@ -97,7 +98,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         ),
         resolved=resolved,
         may_differ=(*MAY_DIFFER, "data.root", *(f"agent.{path}" for path in task.memory_choices)),
-        headline=f"{config.agent.name} on {config.task}: {describe_mesh(parallel.mesh)}, {config.batch.layout} layout",
+        headline=f"{config.label} on {config.task}: {describe_mesh(parallel.mesh)}, {config.batch.layout} layout",
     )
     if finished is not None and is_main_process():
         compiled = finished.compiled
