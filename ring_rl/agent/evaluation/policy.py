@@ -1,5 +1,7 @@
 """What acts in an environment: a trained model with its memory, or chance."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -33,6 +35,49 @@ class Policy(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class CompiledSteps:
+    """What a model of one configuration computes; its parameters are arguments.
+
+    Attributes:
+        context_trajectories: Episodes that a memory holds.
+        begin: (parameters, rows) -> an empty memory.
+        act: (parameters, memory, now) -> (actions, memory).
+        observe_and_act: (parameters, memory, past, now) -> (actions, memory).
+    """
+
+    context_trajectories: int
+    begin: Callable[..., Any]
+    act: Callable[..., Any]
+    observe_and_act: Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=32)
+def compiled_steps(config: ModelConfig) -> CompiledSteps:
+    """The jitted steps of a model; agents that differ in parameters only, such as training seeds, share them."""
+    abstract = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
+    graphdef = nnx.split(abstract)[0]
+
+    def begin(parameters: PyTree, rows: int) -> Memory:
+        return nnx.merge(graphdef, parameters).begin(batch=rows)
+
+    def act(parameters: PyTree, memory: Memory, now: ChainBatch) -> tuple[Array, Memory]:
+        model: Any = nnx.merge(graphdef, parameters)
+        return model.act(memory, now)
+
+    def observe_and_act(parameters: PyTree, memory: Memory, past: ChainBatch, now: ChainBatch) -> tuple[Array, Memory]:
+        model: Any = nnx.merge(graphdef, parameters)
+        return model.observe_and_act(memory, past, now)
+
+    return CompiledSteps(
+        context_trajectories=abstract.context_trajectories,
+        begin=jax.jit(begin, static_argnums=1),
+        # The memory is donated: a step writes a few slots in place instead of copying the whole cache.
+        act=jax.jit(act, donate_argnums=1),
+        observe_and_act=jax.jit(observe_and_act, donate_argnums=1),
+    )
+
+
 class ModelPolicy:
     """A trained model acting through its memory, greedily and without randomness.
 
@@ -41,45 +86,26 @@ class ModelPolicy:
     """
 
     def __init__(self, config: ModelConfig, parameters: PyTree):
-        abstract = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
-        graphdef, self._parameters = nnx.split(abstract)[0], parameters
-        self._model = abstract
+        self._parameters = parameters
+        self._steps = compiled_steps(config)
         self._memory: Memory = None
         self._pending: ChainBatch | None = None
-
-        def begin(parameters: PyTree, rows: int) -> Memory:
-            return nnx.merge(graphdef, parameters).begin(batch=rows)
-
-        def act(parameters: PyTree, memory: Memory, now: ChainBatch) -> tuple[Array, Memory]:
-            model: Any = nnx.merge(graphdef, parameters)
-            return model.act(memory, now)
-
-        def observe_and_act(
-            parameters: PyTree, memory: Memory, past: ChainBatch, now: ChainBatch
-        ) -> tuple[Array, Memory]:
-            model: Any = nnx.merge(graphdef, parameters)
-            return model.observe_and_act(memory, past, now)
-
-        self._begin = jax.jit(begin, static_argnums=1)
-        # The memory is donated: a step writes a few slots in place instead of copying the whole cache.
-        self._act: Callable[..., Any] = jax.jit(act, donate_argnums=1)
-        self._observe_and_act: Callable[..., Any] = jax.jit(observe_and_act, donate_argnums=1)
 
     @property
     def context_trajectories(self) -> int:
         """Episodes after which the memory is full."""
-        return self._model.context_trajectories
+        return self._steps.context_trajectories
 
     def begin(self, rows: int) -> None:
         """Forgets everything."""
-        self._memory, self._pending = self._begin(self._parameters, rows), None
+        self._memory, self._pending = self._steps.begin(self._parameters, rows), None
 
     def act(self, now: ChainBatch) -> Float32[np.ndarray, "rows A"]:
         """Actions for one step."""
         if self._pending is None:
-            actions, self._memory = self._act(self._parameters, self._memory, now)
+            actions, self._memory = self._steps.act(self._parameters, self._memory, now)
         else:
-            actions, self._memory = self._observe_and_act(self._parameters, self._memory, self._pending, now)
+            actions, self._memory = self._steps.observe_and_act(self._parameters, self._memory, self._pending, now)
             self._pending = None
         return np.asarray(actions)
 

@@ -9,7 +9,7 @@ pytest.importorskip("dm_control", reason="rollouts need the simulator")
 
 from ring_rl.agent.chain_batch import ChainBatch, chain_arrays
 from ring_rl.agent.environments.environment import make_vector_environment
-from ring_rl.agent.evaluation.policy import ModelPolicy, UniformPolicy
+from ring_rl.agent.evaluation.policy import ModelPolicy, UniformPolicy, compiled_steps
 from ring_rl.agent.evaluation.rollout import reset_seeds, roll_out
 from ring_rl.agent.model import make_model
 from ring_rl.agent.tokens import Normalisation, TokenLayout
@@ -129,3 +129,18 @@ def test_rows_must_match(chains, environments):
     config, parameters = config_and_parameters(chains)
     with pytest.raises(ValueError, match="2 rows of seeds for 3 environments"):
         roll_out(ModelPolicy(config, parameters), environments, seeds=np.zeros((2, 1), int), target_return=1.0)
+
+
+def test_training_seeds_of_one_agent_are_compiled_once(chains, environments):
+    """Each acts with its own parameters all the same."""
+    config, parameters = config_and_parameters(chains)
+    others = nnx.split(make_model(config, nnx.Rngs(1)))[1]
+    compiled_steps.cache_clear()
+    seeds = reset_seeds(rows=ROWS, episodes=1, seed=0)
+    first, second = (
+        roll_out(ModelPolicy(config, each), environments, seeds=seeds, target_return=TARGET).trajectories[0][0]
+        for each in (parameters, others)
+    )
+    assert not np.allclose(first.actions, second.actions)
+    steps = compiled_steps(config)
+    assert (steps.act._cache_size(), steps.observe_and_act._cache_size()) == (1, 1)
