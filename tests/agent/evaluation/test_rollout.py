@@ -1,3 +1,4 @@
+import types
 import typing
 
 import jax
@@ -10,7 +11,7 @@ pytest.importorskip("dm_control", reason="rollouts need the simulator")
 from ring_rl.agent.chain_batch import ChainBatch, chain_arrays
 from ring_rl.agent.environments.environment import make_vector_environment
 from ring_rl.agent.evaluation.policy import ModelPolicy, UniformPolicy, compiled_steps
-from ring_rl.agent.evaluation.rollout import reset_seeds, roll_out
+from ring_rl.agent.evaluation.rollout import Rollouts, reset_seeds, roll_out
 from ring_rl.agent.model import make_model
 from ring_rl.agent.tokens import Normalisation, TokenLayout
 from ring_rl.nn.parallel import SequenceParallel
@@ -52,13 +53,90 @@ def test_cached_rollouts_act_as_the_full_forward_pass_would(chains, environments
         target_return=TARGET,
     )
     assert (rollouts.returns >= TARGET).any()
-    steps = EPISODES * (1000 // REPEAT)
+    batch, expected = full_forward_pass(config, parameters, rollouts, steps=EPISODES * (1000 // REPEAT))
+    np.testing.assert_allclose(batch.actions, expected, atol=2e-5)
+
+
+class RaggedRows:
+    """Made-up rows whose episodes end apart; a row that has ended must be left alone until it is reset."""
+
+    def __init__(self, lengths):
+        self.lengths, self.num_envs = np.array(lengths), len(lengths)  # [rows, episodes]
+        self.single_action_space = types.SimpleNamespace(shape=(1,))
+        self.generator = np.random.default_rng(0)
+        self.episode, self.step_in_episode = np.full(self.num_envs, -1), np.zeros(self.num_envs, int)
+        self.resets, self.observations = [], np.zeros((self.num_envs, 5), np.float32)
+
+    def reset(self, *, seed, options=None):
+        mask = np.ones(self.num_envs, bool) if options is None else options["reset_mask"]
+        assert all(self.episode[row] < 0 or self.has_ended[row] for row in np.flatnonzero(mask))
+        self.episode[mask] += 1
+        self.step_in_episode[mask] = 0
+        self.resets += [(int(row), seed[row]) for row in np.flatnonzero(mask)]
+        return self._observe(mask), {}
+
+    @property
+    def has_ended(self):
+        return self.step_in_episode >= self.lengths[np.arange(self.num_envs), self.episode]
+
+    def step(self, actions):
+        assert actions.shape == (self.num_envs, 1)
+        playing = ~self.has_ended
+        self.step_in_episode += playing
+        terminated = self.has_ended & (self.episode % 2 == 0)
+        rewards = np.where(playing, 0.5, 0.0)
+        return self._observe(playing), rewards, terminated, self.has_ended & ~terminated, {"discount": 1.0 - terminated}
+
+    def _observe(self, rows):
+        self.observations = np.where(rows[:, None], self.generator.normal(size=(self.num_envs, 5)), self.observations)
+        return self.observations.astype(np.float32)
+
+
+def full_forward_pass(config, parameters, rollouts, steps):
     rows = [chain_arrays(row, steps=steps, loss_on="all", target=TARGET) for row in rollouts.trajectories]
     batch = ChainBatch(*(np.stack(columns) for columns in zip(*rows, strict=True)))
     parallel = SequenceParallel(mesh=make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=1)), layout="contiguous")
     model = nnx.merge(nnx.split(make_model(config, nnx.Rngs(0)))[0], parameters)
-    expected = jax.jit(lambda batch: model(batch, parallel))(batch)
-    np.testing.assert_allclose(batch.actions, expected, atol=2e-5)
+    return batch, jax.jit(lambda batch: model(batch, parallel))(batch)
+
+
+@pytest.mark.parametrize("token_layout", ["fused", "return_state_action_reward_completion"])
+def test_rows_whose_episodes_end_apart_act_as_the_full_forward_pass_would(chains, token_layout):
+    """Attempts follow each other without a gap in every row's memory, however long the other rows' last."""
+    lengths = [[3, 9, 5], [10, 2, 1], [4, 4, 10]]
+    config, parameters = config_and_parameters(chains, token_layout, trajectories=3)
+    environments, ended = RaggedRows(lengths), []
+    seeds = reset_seeds(rows=3, episodes=3, seed=0)
+    rollouts = roll_out(
+        ModelPolicy(config, parameters), environments, seeds=seeds, target_return=TARGET, on_episode=ended.append
+    )
+    assert [[each.length for each in row] for row in rollouts.trajectories] == lengths
+    assert sorted(environments.resets) == sorted((row, seeds[row, e]) for row in range(3) for e in range(3))
+    assert ended == [0, 1, 2]
+    np.testing.assert_allclose(rollouts.returns, np.array(lengths) * 0.5)
+    assert [each.discounts[-1] for each in rollouts.trajectories[0]] == [0, 1, 0]
+    batch, expected = full_forward_pass(config, parameters, rollouts, steps=18)
+    for row in range(3):
+        steps = sum(lengths[row])
+        np.testing.assert_allclose(batch.actions[row, :steps], expected[row, :steps], atol=2e-5)
+
+
+def test_rows_whose_episodes_end_apart_wait_for_each_other_where_the_context_is_cleared(chains):
+    lengths = [[3, 9, 5], [10, 2, 1], [4, 4, 10]]
+    config, parameters = config_and_parameters(chains, trajectories=3)
+    rollouts = roll_out(
+        ModelPolicy(config, parameters),
+        RaggedRows(lengths),
+        seeds=reset_seeds(rows=3, episodes=3, seed=0),
+        target_return=TARGET,
+        carry_context=False,
+    )
+    assert [[each.length for each in row] for row in rollouts.trajectories] == lengths
+    for row in range(3):
+        for episode in range(3):
+            alone = Rollouts((rollouts.trajectories[row][episode : episode + 1],))
+            batch, expected = full_forward_pass(config, parameters, alone, steps=lengths[row][episode])
+            np.testing.assert_allclose(batch.actions, expected, atol=2e-5)
 
 
 def test_the_same_seed_gives_the_same_episodes_and_another_seed_others(chains, environments):
