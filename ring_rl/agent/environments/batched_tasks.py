@@ -14,18 +14,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from ring_rl.agent.environments.domains import parse_task
-from ring_rl.agent.environments.environment import load_simulation
+from ring_rl.agent.environments.simulations import load_simulation
 from ring_rl.typing import Float64
 
-# environment.py has made sure that the simulator is there and says so if not.
+# simulations.py has made sure that the simulator is there and says so if not.
 import mujoco  # isort: skip
-from dm_control.utils import rewards  # isort: skip
+from ring_rl.agent.environments.jaco import BatchedReach  # isort: skip
+from ring_rl.agent.environments.vectorised import (
+    Controls,
+    Sensors,
+    States,
+    sensor_columns,
+    sensor_columns_of_types,
+    tolerance,
+)  # isort: skip
 
 __all__ = ["BatchedTask", "make_batched_task"]
-
-States = Float64[np.ndarray, "*rows P"]
-Sensors = Float64[np.ndarray, "*rows sensor"]
-Controls = Float64[np.ndarray, "*rows A"]
 
 
 class BatchedTask(Protocol):
@@ -50,12 +54,14 @@ def make_batched_task(task: str) -> BatchedTask:
         ValueError: unknown task, with the known ones.
     """
     domain, name = parse_task(task)
-    model = load_simulation(domain, name, flat_observation=False).physics.model.ptr
+    model = load_simulation(task, flat_observation=False).physics.model.ptr
     match domain:
         case "cartpole":
             return _Cartpole(model, sparse=name.endswith("_sparse"))
         case "cheetah":
             return _Cheetah(model)
+        case "jaco":
+            return BatchedReach(model, task=name)
         case "walker":
             return _Walker(model, move_speed={"stand": 0.0, "walk": 1.0, "run": 8.0}[name])
         case "quadruped":
@@ -76,25 +82,25 @@ class _Cartpole:
     def reward(self, states: States, sensors: Sensors, controls: Controls) -> Float64[np.ndarray, "*rows"]:
         position, cosine, angular_velocity = states[..., 0], np.cos(states[..., 1]), states[..., 3]
         if self._sparse:
-            return _tolerance(position, (-0.25, 0.25)) * _tolerance(cosine, (0.995, 1.0))
+            return tolerance(position, (-0.25, 0.25)) * tolerance(cosine, (0.995, 1.0))
         upright = (cosine + 1) / 2
-        centered = (1 + _tolerance(position, margin=2)) / 2
-        small_control = _tolerance(controls[..., 0], margin=1, value_at_margin=0, sigmoid="quadratic")
-        small_velocity = (1 + _tolerance(angular_velocity, margin=5)) / 2
+        centered = (1 + tolerance(position, margin=2)) / 2
+        small_control = tolerance(controls[..., 0], margin=1, value_at_margin=0, sigmoid="quadratic")
+        small_velocity = (1 + tolerance(angular_velocity, margin=5)) / 2
         return upright * (4 + small_control) / 5 * small_velocity * centered
 
 
 class _Cheetah:
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._velocity = _sensor_columns(model, "torso_subtreelinvel")
+        self._velocity = sensor_columns(model, "torso_subtreelinvel")
 
     def observe(self, states: States, sensors: Sensors) -> Float64[np.ndarray, "*rows O"]:
         return states[..., 1:]  # all but the way travelled
 
     def reward(self, states: States, sensors: Sensors, controls: Controls) -> Float64[np.ndarray, "*rows"]:
         speed = sensors[..., self._velocity.start]
-        return _tolerance(speed, (10.0, np.inf), margin=10.0, value_at_margin=0, sigmoid="linear")
+        return tolerance(speed, (10.0, np.inf), margin=10.0, value_at_margin=0, sigmoid="linear")
 
 
 class _Walker:
@@ -103,7 +109,7 @@ class _Walker:
     def __init__(self, model: Any, *, move_speed: float) -> None:
         self.model = model
         self._move_speed = move_speed
-        self._velocity = _sensor_columns(model, "torso_subtreelinvel")
+        self._velocity = sensor_columns(model, "torso_subtreelinvel")
         self._angles = np.zeros((model.nq, model.nbody - 1))
         for body in range(1, model.nbody):
             link = body
@@ -126,14 +132,14 @@ class _Walker:
         return np.concatenate([orientations, height, states[..., self.model.nq :]], axis=-1)
 
     def reward(self, states: States, sensors: Sensors, controls: Controls) -> Float64[np.ndarray, "*rows"]:
-        standing = _tolerance(self._torso_height + states[..., self._rootz], (1.2, np.inf), margin=0.6)
+        standing = tolerance(self._torso_height + states[..., self._rootz], (1.2, np.inf), margin=0.6)
         upright = (1 + np.cos(self._body_angles(states)[..., self._torso])) / 2
         stand_reward = (3 * standing + upright) / 4
         if self._move_speed == 0:
             return stand_reward
         speed = sensors[..., self._velocity.start]
         bounds, margin = (self._move_speed, np.inf), self._move_speed / 2
-        move_reward = _tolerance(speed, bounds, margin=margin, value_at_margin=0.5, sigmoid="linear")
+        move_reward = tolerance(speed, bounds, margin=margin, value_at_margin=0.5, sigmoid="linear")
         return stand_reward * (5 * move_reward + 1) / 6
 
     def _body_angles(self, states: States) -> Float64[np.ndarray, "*rows body"]:
@@ -144,10 +150,10 @@ class _Quadruped:
     def __init__(self, model: Any, *, desired_speed: float) -> None:
         self.model = model
         self._desired_speed = desired_speed
-        self._velocity = _sensor_columns(model, "velocimeter")
+        self._velocity = sensor_columns(model, "velocimeter")
         kinds = mujoco.mjtSensor
-        self._imu = _sensor_columns_of_types(model, kinds.mjSENS_GYRO, kinds.mjSENS_ACCELEROMETER)
-        self._force_torque = _sensor_columns_of_types(model, kinds.mjSENS_FORCE, kinds.mjSENS_TORQUE)
+        self._imu = sensor_columns_of_types(model, kinds.mjSENS_GYRO, kinds.mjSENS_ACCELEROMETER)
+        self._force_torque = sensor_columns_of_types(model, kinds.mjSENS_FORCE, kinds.mjSENS_TORQUE)
         hinges = np.flatnonzero(model.jnt_type == mujoco.mjtJoint.mjJNT_HINGE)
         activations = np.arange(model.nq + model.nv, model.nq + model.nv + model.na)
         self._egocentric = np.concatenate([model.jnt_qposadr[hinges], model.nq + model.jnt_dofadr[hinges], activations])
@@ -165,8 +171,8 @@ class _Quadruped:
     def reward(self, states: States, sensors: Sensors, controls: Controls) -> Float64[np.ndarray, "*rows"]:
         bounds, margin = (self._desired_speed, np.inf), self._desired_speed
         speed = sensors[..., self._velocity.start]
-        move_reward = _tolerance(speed, bounds, margin=margin, value_at_margin=0.5, sigmoid="linear")
-        upright = _tolerance(self._upright(states), (1.0, np.inf), margin=2, value_at_margin=0, sigmoid="linear")
+        move_reward = tolerance(speed, bounds, margin=margin, value_at_margin=0.5, sigmoid="linear")
+        upright = tolerance(self._upright(states), (1.0, np.inf), margin=2, value_at_margin=0, sigmoid="linear")
         return upright * move_reward
 
     @staticmethod
@@ -175,27 +181,3 @@ class _Quadruped:
         quaternion = states[..., 3:7]
         quaternion = quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True)
         return 1 - 2 * (quaternion[..., 1] ** 2 + quaternion[..., 2] ** 2)
-
-
-def _tolerance(
-    values: Float64[np.ndarray, "*rows"],
-    bounds: tuple[float, float] = (0.0, 0.0),
-    *,
-    margin: float = 0.0,
-    value_at_margin: float = 0.1,
-    sigmoid: str = "gaussian",
-) -> Float64[np.ndarray, "*rows"]:
-    """1 inside the bounds, falling to `value_at_margin` at a distance of `margin` from them."""
-    return np.asarray(
-        rewards.tolerance(values, bounds, margin=margin, value_at_margin=value_at_margin, sigmoid=sigmoid)
-    )
-
-
-def _sensor_columns(model: Any, name: str) -> slice:
-    sensor = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_SENSOR, name)
-    return slice(int(model.sensor_adr[sensor]), int(model.sensor_adr[sensor] + model.sensor_dim[sensor]))
-
-
-def _sensor_columns_of_types(model: Any, *types: int) -> Float64[np.ndarray, " column"]:
-    sensors = np.flatnonzero(np.isin(model.sensor_type, [int(each) for each in types]))
-    return np.concatenate([np.arange(model.sensor_adr[i], model.sensor_adr[i] + model.sensor_dim[i]) for i in sensors])

@@ -37,7 +37,7 @@ DOMAINS: Mapping[str, DomainSpec] = MappingProxyType(
     {
         "cartpole": DomainSpec(5, 1, 4, 1000, ("balance", "balance_sparse", "swingup", "swingup_sparse")),
         "cheetah": DomainSpec(17, 6, 18, 1000, ("run",), ("run_backward",)),
-        "jaco": DomainSpec(42, 9, 18, 250, (), _REACH),
+        "jaco": DomainSpec(42, 9, 18, 250, _REACH),
         "point_mass_maze": DomainSpec(4, 2, 4, 1000, (), _REACH),
         "quadruped": DomainSpec(78, 12, 57, 1000, ("walk", "run")),
         "walker": DomainSpec(24, 6, 18, 1000, ("stand", "walk", "run"), ("flip",)),

@@ -9,8 +9,6 @@ Needs the simulator: `pip install 'ring_rl[simulator]'`.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import Any
 
 import numpy as np
@@ -22,9 +20,7 @@ try:
     import gymnasium
     import mujoco
 
-    with warnings.catch_warnings():  # without a display dm_control's search for one warns; nothing is drawn here
-        warnings.simplefilter("ignore")
-        from dm_control import suite
+    from ring_rl.agent.environments.simulations import load_simulation
 except ImportError as error:
     raise ImportError(
         f"environments need the simulator ({error}); install it with: pip install 'ring_rl[simulator]'"
@@ -59,7 +55,7 @@ class DMControlEnvironment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.n
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012, Gymnasium declares it so
 
     def __init__(self, task: str, *, action_repeat: int) -> None:
-        domain, name = parse_task(task)
+        domain, _ = parse_task(task)
         control_steps = DOMAINS[domain].episode_steps
         if isinstance(action_repeat, bool) or not isinstance(action_repeat, int) or action_repeat < 1:
             raise ValueError(f"action_repeat must be an integer of at least 1, got {action_repeat!r}")
@@ -71,7 +67,7 @@ class DMControlEnvironment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.n
         self.task = task
         self.action_repeat = action_repeat
         self.episode_steps = control_steps // action_repeat
-        self._simulation = load_simulation(domain, name, flat_observation=True)
+        self._simulation = load_simulation(task, flat_observation=True)
         self._action_low, self._action_high = action_range(self._simulation.physics.model.ptr)
         spec = DOMAINS[domain]
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (spec.observation_dim,), np.float32)
@@ -198,11 +194,12 @@ def observations_of_states(task: str, physics_LP: Float64[np.ndarray, "L P"]) ->
     """Recomputes observations from recorded states, with dm_control's own function.
 
     Raises:
-        ValueError: quadruped, which observes accelerations and contact forces. They belong to the step that
-            led to a state, not to the state.
+        ValueError: quadruped and jaco, which observe accelerations, forces or torques. They belong to the step
+            that led to a state, not to the state.
     """
-    if parse_task(task)[0] == "quadruped":
-        raise ValueError("quadruped observes accelerations and forces, which its states do not hold; record them")
+    domain, _ = parse_task(task)
+    if domain in ("quadruped", "jaco"):
+        raise ValueError(f"{domain} observes accelerations and forces, which its states do not hold; record them")
     simulation, low, _ = _load(task)
     rows = []
     for state in physics_LP:
@@ -210,17 +207,6 @@ def observations_of_states(task: str, physics_LP: Float64[np.ndarray, "L P"]) ->
         observation = simulation.task.get_observation(simulation.physics)
         rows.append(np.concatenate([np.ravel(each) for each in observation.values()]))
     return np.array(rows, dtype=np.float32)
-
-
-def load_simulation(domain: str, task: str, *, flat_observation: bool) -> Any:
-    """The suite's own `dm_control.rl.control.Environment`."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # mujoco warns of attributes in dm_control's own models, which nobody here can edit
-    try:
-        return suite.load(domain, task, environment_kwargs={"flat_observation": flat_observation})
-    finally:
-        logger.setLevel(level)
 
 
 def action_range(model: Any) -> tuple[Float64[np.ndarray, " A"], Float64[np.ndarray, " A"]]:
@@ -237,8 +223,7 @@ def control_of_actions(
 
 
 def _load(task: str) -> tuple[Any, Float64[np.ndarray, " A"], Float64[np.ndarray, " A"]]:
-    domain, name = parse_task(task)
-    simulation = load_simulation(domain, name, flat_observation=False)
+    simulation = load_simulation(task, flat_observation=False)
     return simulation, *action_range(simulation.physics.model.ptr)
 
 

@@ -181,10 +181,9 @@ def _arrange(
 
 def _draw_states(task: str, states_path: Path, pictures_path: Path, width: int, height: int) -> None:
     """Runs in a process of its own, with `MUJOCO_GL` set."""
-    from ring_rl.agent.environments.environment import load_simulation
+    from ring_rl.agent.environments.simulations import load_simulation
 
-    domain, name = parse_task(task)
-    physics = load_simulation(domain, name, flat_observation=False).physics
+    physics = load_simulation(task, flat_observation=False).physics
     pictures = []
     for state in np.load(states_path):
         physics.set_state(state)
