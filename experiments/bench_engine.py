@@ -17,7 +17,7 @@ from flax import nnx
 from omegaconf import DictConfig
 from rich.progress import Progress
 
-from ring_rl.agent.agents import AgentConfig
+from ring_rl.agent.agents import ImitationAgentConfig
 from ring_rl.agent.made_up import made_up_episodes
 from ring_rl.agent.training_task import BatchConfig, make_training_task
 from ring_rl.atomic_file import refuse_existing, write_whole
@@ -57,7 +57,7 @@ class EngineBenchmarkConfig:
     log_every: int
     output: Path
     overwrite: bool
-    agent: AgentConfig
+    agent: ImitationAgentConfig
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:

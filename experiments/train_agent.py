@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from ring_rl.agent.agents import AgentConfig
 from ring_rl.agent.episodes.load import DataConfig, load_episodes
-from ring_rl.agent.training_task import BatchConfig, make_training_task
+from ring_rl.agent.training_task import BatchConfig, make_task
 from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
@@ -69,7 +69,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         weight_axes=("fsdp", "sp") if config.parallel.weights_over_ring else ("fsdp",),
     )
     episodes = load_episodes(config.data, task=config.task, progress=is_main_process())
-    task = make_training_task(
+    task = make_task(
         config.agent,
         episodes,
         batch=config.batch,

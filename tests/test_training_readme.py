@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from ring_rl.training import optimizer
 from ring_rl.training.dry_run import DryRun
-from ring_rl.training.run import TrainingTask
+from ring_rl.training.task import TrainingTask
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE = REPOSITORY / "ring_rl" / "training" / "README.md"

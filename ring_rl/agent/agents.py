@@ -7,6 +7,7 @@ from ring_rl.agent.episodes.exorl import EpisodeSet, select_best_fraction
 from ring_rl.agent.episodes.load import normalisation_of
 from ring_rl.agent.hindsight import ChainConfig
 from ring_rl.agent.model import BehaviourCloningConfig, ModelConfig, SequenceModelConfig
+from ring_rl.agent.td3_bc.task import TD3BCAgentConfig
 from ring_rl.agent.tokens import Normalisation, TokenLayout
 from ring_rl.nn.transformer import TransformerConfig
 
@@ -63,15 +64,16 @@ class BehaviourCloningAgentConfig:
     hidden_widths: tuple[int, ...]
 
 
-AgentConfig = SequenceAgentConfig | BehaviourCloningAgentConfig
+ImitationAgentConfig = SequenceAgentConfig | BehaviourCloningAgentConfig
+AgentConfig = ImitationAgentConfig | TD3BCAgentConfig
 
 
-def training_episodes(config: AgentConfig, episodes: EpisodeSet) -> EpisodeSet:
+def training_episodes(config: ImitationAgentConfig, episodes: EpisodeSet) -> EpisodeSet:
     """What this agent learns from."""
     return episodes if config.best_fraction == 1 else select_best_fraction(episodes, config.best_fraction)
 
 
-def model_config(config: AgentConfig, episodes: EpisodeSet) -> ModelConfig:
+def model_config(config: ImitationAgentConfig, episodes: EpisodeSet) -> ModelConfig:
     """The model for `episodes`, the whole data set: agents on one data set share their normalisation."""
     normalisation = normalisation_of(episodes)
     if isinstance(config, BehaviourCloningAgentConfig):

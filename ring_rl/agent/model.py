@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ring_rl.agent.chain_batch import ChainBatch
+from ring_rl.agent.td3_bc.networks import TD3BC, TD3BCConfig
 from ring_rl.agent.tokens import (
     Normalisation,
     TokenEmbedding,
@@ -213,8 +214,10 @@ class BehaviourCloning(nnx.Module):
         return jnp.tanh(self.action_head(x))
 
 
-ModelConfig = SequenceModelConfig | BehaviourCloningConfig
-AgentModel = AgenticTransformer | BehaviourCloning
+# What imitates, and so is trained by `ring_rl.agent.loss`.
+ImitationModel = AgenticTransformer | BehaviourCloning
+ModelConfig = SequenceModelConfig | BehaviourCloningConfig | TD3BCConfig
+AgentModel = ImitationModel | TD3BC
 Memory = Any
 
 
@@ -222,4 +225,6 @@ def make_model(config: ModelConfig, rngs: nnx.Rngs) -> AgentModel:
     """A freshly initialised model of the kind that `config` describes."""
     if isinstance(config, BehaviourCloningConfig):
         return BehaviourCloning(config, rngs=rngs)
+    if isinstance(config, TD3BCConfig):
+        return TD3BC(config, rngs=rngs)
     return AgenticTransformer(config, rngs=rngs)

@@ -6,19 +6,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ring_rl.agent.agents import AgentConfig, SequenceAgentConfig, model_config, training_episodes
+from ring_rl.agent.agents import AgentConfig, ImitationAgentConfig, SequenceAgentConfig, model_config, training_episodes
 from ring_rl.agent.chain_batch import BatchLayout, ChainSampler
 from ring_rl.agent.episodes.exorl import EpisodeSet
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import check_token_layout, make_model
+from ring_rl.agent.td3_bc.task import TD3BCAgentConfig, make_td3_bc_task
 from ring_rl.agent.work import model_flops, tokens_per_chain
 from ring_rl.config import to_mapping
 from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.transformer import MEMORY_CHOICES
-from ring_rl.training.run import TrainingTask
+from ring_rl.training.task import Task, TrainingTask
 
-__all__ = ["BatchConfig", "make_training_task"]
+__all__ = ["BatchConfig", "make_task", "make_training_task"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class BatchConfig:
     pad_to_ring: bool
 
 
-def make_training_task(
+def make_task(
     agent: AgentConfig,
     episodes: EpisodeSet,
     *,
@@ -38,8 +39,23 @@ def make_training_task(
     parallel: SequenceParallel,
     seed: int,
     extra: Mapping[str, Any],
+) -> Task:
+    """The task of training `agent`, of whatever kind, on `episodes`; see `make_training_task`."""
+    if isinstance(agent, TD3BCAgentConfig):
+        return make_td3_bc_task(agent, episodes, batch_size=batch.batch_size, parallel=parallel, extra=extra)
+    return make_training_task(agent, episodes, batch=batch, parallel=parallel, seed=seed, extra=extra)
+
+
+def make_training_task(
+    agent: ImitationAgentConfig,
+    episodes: EpisodeSet,
+    *,
+    batch: BatchConfig,
+    parallel: SequenceParallel,
+    seed: int,
+    extra: Mapping[str, Any],
 ) -> TrainingTask:
-    """The task of training `agent` on `episodes`.
+    """The task of training an agent that imitates `episodes`.
 
     Args:
         agent: what learns.

@@ -7,31 +7,28 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from ring_rl.atomic_file import write_whole
-from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.checkpoint import Checkpointer
 from ring_rl.training.distributed import is_main_process
 from ring_rl.training.dry_run import dry_run, print_dry_run
-from ring_rl.training.input import InputConfig, RowSource, RowStream
+from ring_rl.training.input import InputConfig
 from ring_rl.training.loop import LoopConfig, train
-from ring_rl.training.mesh import batch_sharding
 from ring_rl.training.metrics import ConsoleWriter, JsonlWriter, MetricsWriter, WandbConfig, WandbWriter
-from ring_rl.training.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
+from ring_rl.training.optimizer import OptimizerConfig
 from ring_rl.training.plots import plot_learning_curve, plot_run
 from ring_rl.training.provenance import record_start
 from ring_rl.training.run_directory import RunDirectory, open_run_directory
-from ring_rl.training.state import abstract_state, create_state
-from ring_rl.training.step import LossFunction, compile_step, compiled_report, make_train_step
+from ring_rl.training.step import compile_step, compiled_report
+from ring_rl.training.task import Task
 from ring_rl.training.throughput import StepWork, peak_flops_per_second
 
-__all__ = ["MAY_DIFFER", "RunConfig", "TrainingTask", "run_training"]
+__all__ = ["MAY_DIFFER", "RunConfig", "run_training"]
 
 # Dotted paths of an entry point's configuration that may change when a run goes on: where it lies and runs, how it
 # reports. Another mesh sums in another order, so it goes on with the same mathematics, not to the same bit.
@@ -57,36 +54,6 @@ MAY_DIFFER = (
     "loop.peak_flops_per_second",
     "loop.profile",
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingTask:
-    """What a task brings to a run.
-
-    Attributes:
-        make_model: builds the model from random streams.
-        model_config: the plain mapping that the model is built from; checkpoints carry it.
-        memory_choices: dotted paths of it that say in what memory the model computes, and not what: a run may go on
-            with others, as it may on another mesh.
-        loss_function: of a global batch, as `make_train_step` takes it.
-        rows: makes the rows of a batch.
-        batch_size: rows of a global batch.
-        parallel: the mesh that the run computes on, and what its axes are for.
-        tokens: of the global batch, padding included.
-        model_flops: of a step, as a function of the parameters; arrays or `jax.ShapeDtypeStruct`s serve.
-        extra: plain JSON that every checkpoint carries.
-    """
-
-    make_model: Callable[[nnx.Rngs], nnx.Module]
-    model_config: Mapping[str, Any]
-    memory_choices: tuple[str, ...]
-    loss_function: LossFunction
-    rows: RowSource
-    batch_size: int
-    parallel: SequenceParallel
-    tokens: int
-    model_flops: Callable[[nnx.State], int]
-    extra: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +103,7 @@ class FinishedRun:
 
 
 def run_training(
-    task: TrainingTask,
+    task: Task,
     config: RunConfig,
     *,
     resolved: Mapping[str, Any],
@@ -148,7 +115,7 @@ def run_training(
     All processes call it; the main one alone prints, logs and draws.
 
     Args:
-        task: model, loss and rows.
+        task: what is trained; a `TrainingTask` brings model, loss and rows.
         config: everything else.
         resolved: the whole resolved configuration, kept in the run folder; another one is refused.
         may_differ: dotted paths of it that may change when a run goes on.
@@ -161,34 +128,21 @@ def run_training(
         ValueError, OSError: see `open_run_directory`, `Checkpointer` and `train`.
         TrainingInterrupted: stopped by a signal; the state is saved.
     """
-    main, mesh, weight_axes = is_main_process(), task.parallel.mesh, task.parallel.weight_axes
-    stream = RowStream(
-        task.rows,
-        batch_size=task.batch_size,
-        steps=config.loop.steps,
-        mesh=mesh,
-        layout=task.parallel.layout,
-        ring_size=task.parallel.ring_size,
-        config=config.input,
-    )
-    # Whatever the mesh cannot divide is refused before there is a folder.
-    batch_sharding(mesh, stream.abstract_batch, accumulation_steps=config.accumulation_steps)
-    optimizer = make_optimizer(config.optimizer, total_steps=config.loop.steps)
-    graphdef, abstract = abstract_state(task.make_model, optimizer, mesh=mesh, weight_axes=weight_axes)
-    model_flops = task.model_flops(abstract.parameters)
-    step = make_train_step(
-        task.loss_function,
-        graphdef,
-        optimizer,
-        mesh,
+    main, mesh = is_main_process(), task.parallel.mesh
+    # Whatever the mesh cannot divide is refused here, before there is a folder.
+    prepared = task.prepare(
         seed=config.seed,
+        steps=config.loop.steps,
+        optimizer=config.optimizer,
         accumulation_steps=config.accumulation_steps,
-        learning_rate=lambda step: learning_rate_at(config.optimizer, step, config.loop.steps),
+        input=config.input,
     )
+    stream = prepared.stream
+    model_flops = task.model_flops(prepared.abstract_state.parameters)
     if config.dry_run:
         report = dry_run(
-            step,
-            abstract,
+            prepared.step,
+            prepared.abstract_state,
             stream.abstract_batch,
             mesh=mesh,
             tokens=task.tokens,
@@ -211,7 +165,7 @@ def run_training(
         ) as checkpointer,
     ):
         _say(headline)
-        _, state = create_state(task.make_model, optimizer, seed=config.seed, mesh=mesh, weight_axes=weight_axes)
+        state = prepared.create_state()
         recent_losses: list[float] = []
         if checkpointer.latest_step() is not None:
             state, metadata = checkpointer.restore_latest(state)
@@ -229,7 +183,7 @@ def run_training(
             writers = _open_writers(stack, run, config, start=start, resolved=resolved) if main else []
             # Batches are made while the step is compiled.
             stream.start()
-            compiled = compile_step(step, state, stream.abstract_batch)
+            compiled = compile_step(prepared.step, state, stream.abstract_batch)
             report = compiled_report(compiled)
             if main:
                 record_start(run.path, start)
@@ -252,7 +206,7 @@ def run_training(
         return FinishedRun(parameters, time.perf_counter() - begin, report)
 
 
-def _work(task: TrainingTask, config: RunConfig, mesh: Mesh, model_flops: int) -> StepWork:
+def _work(task: Task, config: RunConfig, mesh: Mesh, model_flops: int) -> StepWork:
     device = mesh.devices.flat[0]
     return StepWork(
         tokens=task.tokens,

@@ -13,6 +13,7 @@ from ring_rl.agent.evaluation.policy import ModelPolicy, Policy
 from ring_rl.agent.evaluation.rollout import Rollouts, reset_seeds, roll_out
 from ring_rl.agent.evaluation.statistics import Scores, score
 from ring_rl.agent.model import BehaviourCloningConfig, ModelConfig, SequenceModelConfig
+from ring_rl.agent.td3_bc.networks import TD3BCConfig
 from ring_rl.atomic_file import write_whole
 from ring_rl.config import from_mapping
 from ring_rl.training.checkpoint import load_for_evaluation
@@ -116,7 +117,7 @@ def load_agent(run_directory: Path) -> TrainedAgent:
         ValueError: The checkpoint is not an agent's.
     """
     metadata, parameters = load_for_evaluation(run_directory / "checkpoints")
-    kinds = {"sequence": SequenceModelConfig, "behaviour_cloning": BehaviourCloningConfig}
+    kinds = {"sequence": SequenceModelConfig, "behaviour_cloning": BehaviourCloningConfig, "td3_bc": TD3BCConfig}
     kind = kinds.get(str(metadata.model_config.get("name")))
     if kind is None or "task" not in metadata.extra:
         raise ValueError(
