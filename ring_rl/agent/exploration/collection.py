@@ -2,11 +2,12 @@
 
     <root>/<domain>/<algorithm>/collection.json    what was asked for, with which versions, and the returns
                                 returns.png        their histogram
+                                explorer.npz       while it is being filled: what the explorer has learnt
                                 buffer/episode_000000_1000.npz ...
 
-An interrupted collection goes on where it stopped: what is there is kept and never written again. Episodes
-that an explorer learns from are played again on the way, which costs their simulation but needs no state on
-disk.
+An interrupted collection goes on where it stopped, to the same episodes: what is there is kept and never written
+again. An explorer that learns goes on from its state on disk; episodes after that, or all where it keeps no state,
+are played again on the way. Episodes under way when the process died are played again too.
 
 Needs the simulator: `pip install 'ring_rl[simulator]'`.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from ring_rl.agent.environments.batched_physics import BatchedPhysics
 from ring_rl.agent.environments.domains import DOMAINS, parse_task
 from ring_rl.agent.episodes.exorl import EpisodeSet, read_episodes, write_episode
 from ring_rl.agent.episodes.trajectory import Trajectory
+from ring_rl.agent.exploration.explorer_state import load_explorer_state, save_explorer_state
 from ring_rl.agent.exploration.explorers import (
     Batch,
     Explorer,
@@ -45,13 +48,16 @@ from ring_rl.agent.exploration.explorers import (
     UniformExplorer,
 )
 from ring_rl.agent.exploration.policy_search import PolicySearch, PolicySearchConfig
+from ring_rl.agent.exploration.rnd_explorer import RNDConfig, RNDExplorer
 from ring_rl.atomic_file import atomic_file
 from ring_rl.config import describe_differences, to_mapping
 from ring_rl.training.provenance import git_commit, versions
 
 __all__ = ["CollectionConfig", "ExplorerConfig", "collect", "make_explorer", "play_batch"]
 
-ExplorerConfig = UniformConfig | NoiseConfig | PolicySearchConfig
+_STATE_FILE = "explorer.npz"
+
+ExplorerConfig = UniformConfig | NoiseConfig | PolicySearchConfig | RNDConfig
 
 
 @dataclass(frozen=True)
@@ -66,15 +72,18 @@ class CollectionConfig:
         root: The folder that holds the domains.
         algorithm: Folder inside the domain's.
         threads: That step episodes side by side; null takes one a processor core. Changes nothing but speed.
+        save_state_seconds: At least so long between two saves of what an explorer has learnt; 0 saves after every
+            batch.
     """
 
     task: str
-    explorer: UniformConfig | NoiseConfig | PolicySearchConfig
+    explorer: UniformConfig | NoiseConfig | PolicySearchConfig | RNDConfig
     episodes: int
     seed: int
     root: Path
     algorithm: str
     threads: int | None
+    save_state_seconds: float
 
     def __post_init__(self) -> None:
         domain, _ = parse_task(self.task)
@@ -86,6 +95,8 @@ class CollectionConfig:
             raise ValueError(f"algorithm names one folder, got {self.algorithm!r}; leave out slashes and dots")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be at least 1 or null, got {self.threads}")
+        if self.save_state_seconds < 0:
+            raise ValueError(f"save_state_seconds must not be negative, got {self.save_state_seconds}")
         steps, hold = DOMAINS[domain].episode_steps, self.explorer.action_hold
         if steps % hold:
             raise ValueError(
@@ -118,6 +129,15 @@ def make_explorer(config: CollectionConfig) -> Explorer:
                 action_dim=spec.action_dim,
                 seed=config.seed,
             )
+        case RNDConfig():
+            return RNDExplorer(
+                config.explorer,
+                episodes=config.episodes,
+                episode_steps=spec.episode_steps,
+                observation_dim=spec.observation_dim,
+                action_dim=spec.action_dim,
+                seed=config.seed,
+            )
 
 
 def collect(config: CollectionConfig, *, progress: bool) -> EpisodeSet:
@@ -133,16 +153,20 @@ def collect(config: CollectionConfig, *, progress: bool) -> EpisodeSet:
     """
     explorer = make_explorer(config)
     buffer = config.folder / "buffer"
-    _claim_folder(config, explorer)
+    seconds = _claim_folder(config, explorer)
     missing = set(range(config.episodes)) - _recorded_indices(buffer)
+    start = time.monotonic()
     try:
         if missing:
             _fill(config, explorer, buffer, missing, progress=progress)
     except BaseException:
         if _recorded_indices(buffer):
-            _summarise(config, explorer, buffer, progress=progress)
+            spent = seconds + time.monotonic() - start
+            _summarise(config, explorer, buffer, seconds=spent, progress=progress)
         raise
-    return _summarise(config, explorer, buffer, progress=progress)
+    (config.folder / _STATE_FILE).unlink(missing_ok=True)  # nothing is left to go on with
+    spent = seconds + time.monotonic() - start
+    return _summarise(config, explorer, buffer, seconds=spent, progress=progress)
 
 
 def play_batch(physics: BatchedPhysics, batch: Batch, *, action_hold: int) -> list[Trajectory]:
@@ -157,6 +181,8 @@ def play_batch(physics: BatchedPhysics, batch: Batch, *, action_hold: int) -> li
         states.append(steps.physics)
         rewards.append(steps.rewards)
         actions.append(np.repeat(actions_BA[:, None], action_hold, axis=1))
+        if batch.observe is not None:
+            batch.observe(actions_BA, steps.observations[:, -1])
         observations_BO, physics_BP = steps.observations[:, -1], steps.physics[:, -1]
     columns = zip(
         np.concatenate(observations, axis=1),
@@ -187,12 +213,14 @@ def _fill(config: CollectionConfig, explorer: Explorer, buffer: Path, missing: s
         Progress(*columns, console=console, disable=not (progress and console.is_terminal), transient=True) as bar,
     ):
         job = bar.add_task(f"playing {config.task}", total=sum(explorer.batch_sizes))
-        first = 0
-        for number, size in enumerate(explorer.batch_sizes):
+        number, first = _resume(config, explorer, missing)
+        bar.advance(job, sum(explorer.batch_sizes[:number]))
+        saved_at = time.monotonic()
+        while number < len(explorer.batch_sizes):
             batch = explorer.batch(number)
             indices = range(first, first + batch.recorded)
-            # An explorer that looks at rewards must see every batch again; the others can skip what is there.
-            if not explorer.reward_free or not missing.isdisjoint(indices):
+            # An explorer that learns must see every batch again; the others can skip what is there.
+            if explorer.learns or not missing.isdisjoint(indices):
                 try:
                     trajectories = play_batch(physics, batch, action_hold=config.explorer.action_hold)
                 except FloatingPointError as error:
@@ -204,12 +232,32 @@ def _fill(config: CollectionConfig, explorer: Explorer, buffer: Path, missing: s
                 best = max(trajectory.episode_return for trajectory in trajectories)
                 bar.update(job, description=f"playing {config.task}, best of the batch {best:.0f}")
             first += batch.recorded
-            bar.advance(job, size)
+            bar.advance(job, explorer.batch_sizes[number])
+            number += 1
+            if time.monotonic() - saved_at >= config.save_state_seconds:
+                state = explorer.state()
+                if state is not None:
+                    save_explorer_state(config.folder / _STATE_FILE, state, batch=number, episode=first)
+                saved_at = time.monotonic()
 
 
-def _summarise(config: CollectionConfig, explorer: Explorer, buffer: Path, *, progress: bool) -> EpisodeSet:
+def _resume(config: CollectionConfig, explorer: Explorer, missing: set[int]) -> tuple[int, int]:
+    """The batch and the episode to go on with; brings the explorer's state back where it helps."""
+    path = config.folder / _STATE_FILE
+    if not path.exists():
+        return 0, 0
+    state, batch, episode = load_explorer_state(path)
+    if min(missing) < episode:  # an earlier episode is gone: only playing from the first brings it back
+        return 0, 0
+    explorer.restore(state)
+    return batch, episode
+
+
+def _summarise(
+    config: CollectionConfig, explorer: Explorer, buffer: Path, *, seconds: float, progress: bool
+) -> EpisodeSet:
     episodes = read_episodes(buffer, max_episodes=None, progress=progress)
-    _write_record(config, explorer, episodes)
+    _write_record(config, explorer, episodes, seconds=seconds)
     _write_histogram(config, episodes)
     return episodes
 
@@ -220,37 +268,44 @@ def _settings(config: CollectionConfig) -> dict[str, Any]:
     return {key: settings[key] for key in ("task", "episodes", "seed", "explorer")}
 
 
-def _claim_folder(config: CollectionConfig, explorer: Explorer) -> None:
-    """Refuses a folder of another origin; writes down the settings before the first episode."""
+def _claim_folder(config: CollectionConfig, explorer: Explorer) -> float:
+    """Refuses a folder of another origin; writes down the settings before the first episode.
+
+    Returns the seconds that were spent on it so far.
+    """
     record_path = config.folder / "collection.json"
     remedy = "choose another folder with algorithm=..."
     if record_path.exists():
         try:
-            saved = json.loads(record_path.read_text())["settings"]
+            record = json.loads(record_path.read_text())
+            saved, seconds = record["settings"], float(record.get("seconds", 0.0))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{record_path} is no record of a collection ({error}); {remedy}") from None
         differences = describe_differences(saved, _settings(config))
         if differences:
             raise ValueError(f"{config.folder} was collected otherwise ({'; '.join(differences)}); {remedy}")
         (config.folder / "buffer").mkdir(exist_ok=True)
-        return
+        return seconds
     if (config.folder / "buffer").is_dir() and any((config.folder / "buffer").iterdir()):
         raise ValueError(f"{config.folder} holds files but no collection.json to say where from; {remedy}")
     (config.folder / "buffer").mkdir(parents=True, exist_ok=True)
-    _write_record(config, explorer, None)
+    _write_record(config, explorer, None, seconds=0.0)
+    return 0.0
 
 
 def _recorded_indices(buffer: Path) -> set[int]:
     return {int(path.name.split("_")[1]) for path in buffer.glob("episode_*_*.npz")}
 
 
-def _write_record(config: CollectionConfig, explorer: Explorer, episodes: EpisodeSet | None) -> None:
+def _write_record(config: CollectionConfig, explorer: Explorer, episodes: EpisodeSet | None, *, seconds: float) -> None:
     count = 0 if episodes is None else len(episodes.trajectories)
     record = {
         "settings": _settings(config),
         "reward_free": explorer.reward_free,
         "complete": count == config.episodes,
         "episodes": count,
+        "seconds": round(seconds, 1),
+        "rewards_recorded": config.task,
         "returns": None if episodes is None else dict(episodes.quantiles),
         "versions": versions("ring_rl", "dm_control", "mujoco", "numpy"),
         "git_commit": git_commit(),

@@ -1,14 +1,15 @@
 """Explorers that ignore the state: who acts while ExoRL-format data is collected, at its simplest.
 
 An explorer hands out batches of episodes, each with a policy for the whole batch, and may learn from what
-came of them (`policy_search` does). Everything is a function of the configuration and the seed.
+came of them (`policy_search` does) or while they are played (`rnd_explorer` does). Everything is a function of
+the configuration and the seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from ring_rl.typing import Float32
 
 __all__ = [
     "Batch",
+    "BatchObserver",
     "BatchPolicy",
     "Explorer",
     "NoiseConfig",
@@ -28,6 +30,9 @@ __all__ = [
 BatchPolicy = Callable[[Float32[np.ndarray, "B O"], int], Float32[np.ndarray, "B A"]]
 """(observations, decision) -> actions; called once a decision, in order."""
 
+BatchObserver = Callable[[Float32[np.ndarray, "B A"], Float32[np.ndarray, "B O"]], None]
+"""(actions, the observations that they led to); called after every decision. Whoever learns here sees no reward."""
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -37,11 +42,13 @@ class Batch:
         reset_seeds: One an episode, for the environment.
         policy: Acts for all of them.
         recorded: How many of them are kept, the first ones. The rest serve the explorer's learning only.
+        observe: Is told of every decision's outcome, for an explorer that learns within episodes.
     """
 
     reset_seeds: tuple[int, ...]
     policy: BatchPolicy
     recorded: int
+    observe: BatchObserver | None = None
 
 
 class Explorer(Protocol):
@@ -50,6 +57,11 @@ class Explorer(Protocol):
     @property
     def reward_free(self) -> bool:
         """Whether the behaviour is independent of the task's reward."""
+        ...
+
+    @property
+    def learns(self) -> bool:
+        """Whether a batch depends on those before it."""
         ...
 
     @property
@@ -63,6 +75,14 @@ class Explorer(Protocol):
 
     def learn(self, number: int, trajectories: Sequence[Trajectory]) -> None:
         """Takes the outcome of a batch."""
+        ...
+
+    def state(self) -> Mapping[str, Any] | None:
+        """What it has learnt up to the next batch, as nested dicts of arrays; None if playing again is the way back."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
         ...
 
 
@@ -127,6 +147,7 @@ class UniformExplorer:
     """See `UniformConfig`."""
 
     reward_free = True
+    learns = False
 
     def __init__(self, config: UniformConfig, *, episodes: int, action_dim: int, seed: int) -> None:
         self._action_dim = action_dim
@@ -146,11 +167,18 @@ class UniformExplorer:
     def learn(self, number: int, trajectories: Sequence[Trajectory]) -> None:
         """Learns nothing."""
 
+    def state(self) -> None:
+        """Nothing to keep."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take back."""
+
 
 class NoiseExplorer:
     """See `NoiseConfig`."""
 
     reward_free = True
+    learns = False
 
     def __init__(self, config: NoiseConfig, *, episodes: int, action_dim: int, seed: int) -> None:
         self._config = config
@@ -184,6 +212,12 @@ class NoiseExplorer:
 
     def learn(self, number: int, trajectories: Sequence[Trajectory]) -> None:
         """Learns nothing."""
+
+    def state(self) -> None:
+        """Nothing to keep."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take back."""
 
 
 def require_at_least_one(config: object, *names: str) -> None:

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -90,6 +90,7 @@ class PolicySearch:
     """See the module. An `Explorer`: batch 0 is the warm-up, batch g is generation g."""
 
     reward_free = False
+    learns = True
 
     def __init__(
         self, config: PolicySearchConfig, *, episodes: int, observation_dim: int, action_dim: int, seed: int
@@ -144,6 +145,12 @@ class PolicySearch:
         extra = config.extra_deviation * config.initial_deviation * remaining
         self._mean_FA = elite_EFA.mean(axis=0)
         self._deviation_FA = np.sqrt(elite_EFA.var(axis=0) + extra**2)
+
+    def state(self) -> None:
+        """None: the episodes of earlier generations are played again, which costs seconds."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to take back."""
 
     @property
     def _elites(self) -> int:

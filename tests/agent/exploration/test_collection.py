@@ -31,6 +31,7 @@ def configuration(root, **changes):
         "root": root,
         "algorithm": "test",
         "threads": 1,
+        "save_state_seconds": 0.0,
     }
     return CollectionConfig(**{**settings, **changes})
 

@@ -1,0 +1,141 @@
+"""Random network distillation (arXiv:1810.12894), as URLB rewards novelty with it (arXiv:2110.15191).
+
+A predictor learns to imitate a frozen random network. Where it fails, the observation is new::
+
+    error(o) = mean (predictor(n(o)) - target(n(o)))^2         n: whitened by the batch's moments, clipped
+    reward   = scale * error / running standard deviation of the error
+
+The batch trains the predictor before it is rewarded. The error is not centred: rewards are positive.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from ring_rl.agent.exploration.ddpg import linear
+from ring_rl.typing import Array, Float, PRNGKeyArray, PyTree
+
+__all__ = ["Novelty", "NoveltyConfig", "NoveltyState", "RunningMoments", "update_moments", "whiten"]
+
+# The prior of the running moments, mean 0 and variance 1, weighs as much as so many samples.
+_PRIOR_SAMPLES = 1e-4
+
+
+@dataclass(frozen=True)
+class NoveltyConfig:
+    """Numbers of random network distillation.
+
+    Attributes:
+        hidden_width: Of the two hidden layers of predictor and target.
+        representation_dim: Outputs of both.
+        learning_rate: Adam's, for the predictor.
+        observation_clip: Whitened observations are clipped to +- this.
+        scale: Of the reward.
+    """
+
+    hidden_width: int
+    representation_dim: int
+    learning_rate: float
+    observation_clip: float
+    scale: float
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_width", "representation_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "observation_clip", "scale"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+class RunningMoments(NamedTuple):
+    """Mean and variance of all that was seen; `weight` samples, the prior included."""
+
+    mean: Float[Array, ""]
+    variance: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
+class NoveltyState(NamedTuple):
+    """The frozen target, the predictor and what its training changes."""
+
+    target: PyTree[Array]
+    predictor: PyTree[Array]
+    optimizer: PyTree[Array]
+    error_moments: RunningMoments
+
+
+class Novelty:
+    """Pure functions of a `NoveltyState`; holds what is fixed."""
+
+    def __init__(self, config: NoveltyConfig, *, observation_dim: int) -> None:
+        self._config = config
+        self._widths = (observation_dim, config.hidden_width, config.hidden_width, config.representation_dim)
+        self._optimizer = optax.adam(config.learning_rate)
+        self._network = nnx.graphdef(nnx.eval_shape(lambda: _Network(self._widths, rngs=nnx.Rngs(0))))
+
+    def init(self, key: PRNGKeyArray) -> NoveltyState:
+        """Two independent random networks."""
+        target_key, predictor_key = jax.random.split(key)
+        target = nnx.state(_Network(self._widths, rngs=nnx.Rngs(target_key)))
+        predictor = nnx.state(_Network(self._widths, rngs=nnx.Rngs(predictor_key)))
+        moments = RunningMoments(jnp.zeros(()), jnp.ones(()), jnp.asarray(_PRIOR_SAMPLES))
+        return NoveltyState(target, predictor, self._optimizer.init(predictor), moments)
+
+    def errors(
+        self, predictor: PyTree[Array], target: PyTree[Array], observations_BO: Float[Array, "B O"]
+    ) -> Float[Array, " B"]:
+        """How badly the predictor imitates the target; see the module."""
+        whitened_BO = jnp.clip(whiten(observations_BO), -self._config.observation_clip, self._config.observation_clip)
+        predicted, wanted = (nnx.merge(self._network, each)(whitened_BO) for each in (predictor, target))
+        return jnp.square(predicted - jax.lax.stop_gradient(wanted)).mean(axis=-1)
+
+    def update(
+        self, state: NoveltyState, observations_BO: Float[Array, "B O"]
+    ) -> tuple[NoveltyState, Float[Array, " B"]]:
+        """Trains the predictor on a batch, then rewards it."""
+
+        def loss(predictor: PyTree[Array]) -> Float[Array, ""]:
+            return self.errors(predictor, state.target, observations_BO).mean()
+
+        updates, optimizer = self._optimizer.update(jax.grad(loss)(state.predictor), state.optimizer)
+        predictor = optax.apply_updates(state.predictor, updates)
+        errors_B = self.errors(predictor, state.target, observations_BO)
+        moments = update_moments(state.error_moments, errors_B)
+        rewards_B = self._config.scale * errors_B / (jnp.sqrt(moments.variance) + 1e-8)
+        return NoveltyState(state.target, predictor, optimizer, moments), rewards_B
+
+
+def whiten(observations_BO: Float[Array, "B O"]) -> Float[Array, "B O"]:
+    """Every column with mean 0 and deviation 1 over the batch: batch normalisation without learnt scales."""
+    mean_O = observations_BO.mean(axis=0)
+    return (observations_BO - mean_O) * jax.lax.rsqrt(observations_BO.var(axis=0) + 1e-5)
+
+
+def update_moments(moments: RunningMoments, samples_B: Float[Array, " B"]) -> RunningMoments:
+    """Joins a batch's moments to the running ones (Chan, Golub and LeVeque, 1979)."""
+    size = samples_B.shape[0]
+    weight = moments.weight + size
+    difference = samples_B.mean() - moments.mean
+    between = jnp.square(difference) * moments.weight * size / weight
+    variance = (moments.variance * moments.weight + samples_B.var() * size + between) / weight
+    return RunningMoments(moments.mean + difference * size / weight, variance, weight)
+
+
+class _Network(nnx.Module):
+    def __init__(self, widths: tuple[int, ...], *, rngs: nnx.Rngs) -> None:
+        pairs = itertools.pairwise(widths)
+        self.layers = nnx.List([linear(width_in, width_out, rngs=rngs) for width_in, width_out in pairs])
+
+    def __call__(self, inputs: Float[Array, "*rows O"]) -> Float[Array, "*rows representation"]:
+        *hidden, last = self.layers
+        for layer in hidden:
+            inputs = nnx.relu(layer(inputs))
+        return last(inputs)
