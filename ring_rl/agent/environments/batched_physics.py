@@ -1,7 +1,8 @@
 """Many episodes at once, stepped by `mujoco.batch`: threads in C where dm_control loops in Python.
 
-Bit for bit what dm_control's loop gives, over whole episodes with contacts too, because every row carries the last
-solution of its contact solver along (its warm start) as dm_control's one simulation does.
+The states of dm_control's own loop, bit for bit, over whole episodes with contacts too, because every row carries the
+last solution of its contact solver along (its warm start) as dm_control's one simulation does. Observations and
+rewards of these states are computed for whole arrays and agree to rounding.
 
 The simulator's sensors lag: what a physics step reports of positions and velocities belongs to the state it
 started from. So they are read in the step after, and those of the last state are computed for it alone; sensors
@@ -81,9 +82,9 @@ class BatchedSteps:
 class BatchedPhysics:
     """One task, any number of episodes; a pure function of states, actions and warm starts.
 
-    With the warm starts of `start` and of the steps before handed on, equal to dm_control's own loop bit for bit.
+    With the warm starts of `start` and of the steps before handed on, the states are those of dm_control's own loop.
     Without them the contact solver starts cold: a single step then agrees to 1e-6, and bodies in contact may drift
-    apart over an episode. Observations of orientations are computed otherwise than dm_control does and agree to 1e-6.
+    apart over an episode.
 
     Attributes:
         task: "cartpole_swingup" and the like.
@@ -182,8 +183,9 @@ class BatchedPhysics:
         The fastest way through an episode, for actions that do not depend on observations. Arguments and errors as of
         `step`. Memory beyond the result: some 10 MiB, whatever L is.
         """
+        decisions = actions_BLA.shape[1] if actions_BLA.ndim == 3 else 1
         self._check("physics", physics_BP, len(physics_BP), self._physics_dim)
-        self._check("actions", actions_BLA, len(physics_BP), actions_BLA.shape[1], len(self._low))
+        self._check("actions", actions_BLA, len(physics_BP), max(decisions, 1), len(self._low))
         if action_hold < 1:
             raise ValueError(f"action_hold must be at least 1, got {action_hold}")
         controls_BLA = control_of_actions(actions_BLA.astype(np.float64), self._low, self._high)

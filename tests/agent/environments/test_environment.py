@@ -196,7 +196,7 @@ def test_a_vector_of_environments_equals_single_ones():
         for _ in range(4):
             observation, reward, *_ = single.step(actions[row])
         np.testing.assert_array_equal(observations[row], observation)
-        assert rewards[row] == reward
+        assert rewards[row] == pytest.approx(reward, abs=1e-12)
     vector.close()
     with pytest.raises(ValueError, match="count of environments"):
         make_vector_environment("cartpole_swingup", count=0, action_repeat=1)
