@@ -20,7 +20,7 @@ except ImportError as error:
         f"simulations need the simulator ({error}); install it with: pip install 'ring_rl[simulator]'"
     ) from error
 
-from ring_rl.agent.environments import jaco
+from ring_rl.agent.environments import cheetah, jaco, point_mass_maze, walker
 
 __all__ = ["load_simulation"]
 
@@ -37,8 +37,14 @@ def load_simulation(task: str, *, flat_observation: bool) -> control.Environment
     """
     domain, name = parse_task(task)
     with without_simulator_warnings():
-        match domain:
-            case "jaco":
+        match domain, name:
+            case "cheetah", "run_backward":
+                return cheetah.make_run_backward(flat_observation=flat_observation)
+            case "jaco", _:
                 return jaco.make_simulation(name, flat_observation=flat_observation)
+            case "point_mass_maze", _:
+                return point_mass_maze.make_simulation(name, flat_observation=flat_observation)
+            case "walker", "flip":
+                return walker.make_flip(flat_observation=flat_observation)
             case _:
                 return suite.load(domain, name, environment_kwargs={"flat_observation": flat_observation})
