@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import (
@@ -37,16 +36,15 @@ from rich.progress import (
 from ring_rl.agent.environments.batched_physics import BatchedPhysics
 from ring_rl.agent.environments.domains import DOMAINS, parse_task
 from ring_rl.agent.episodes.exorl import EpisodeSet, read_episodes, write_episode
-from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.agent.exploration.explorer_state import load_explorer_state, save_explorer_state
 from ring_rl.agent.exploration.explorers import (
-    Batch,
     Explorer,
     NoiseConfig,
     NoiseExplorer,
     UniformConfig,
     UniformExplorer,
 )
+from ring_rl.agent.exploration.play import play_batch
 from ring_rl.agent.exploration.policy_search import PolicySearch, PolicySearchConfig
 from ring_rl.agent.exploration.rnd_explorer import RNDConfig, RNDExplorer
 from ring_rl.atomic_file import atomic_file
@@ -167,34 +165,6 @@ def collect(config: CollectionConfig, *, progress: bool) -> EpisodeSet:
     (config.folder / _STATE_FILE).unlink(missing_ok=True)  # nothing is left to go on with
     spent = seconds + time.monotonic() - start
     return _summarise(config, explorer, buffer, seconds=spent, progress=progress)
-
-
-def play_batch(physics: BatchedPhysics, batch: Batch, *, action_hold: int) -> list[Trajectory]:
-    """Plays one episode for every seed of the batch, to the time limit."""
-    observations_BO, physics_BP = physics.reset(batch.reset_seeds)
-    observations, states = [observations_BO[:, None]], [physics_BP[:, None]]
-    actions, rewards = [], []
-    for decision in range(physics.episode_steps // action_hold):
-        actions_BA = batch.policy(observations_BO, decision)
-        steps = physics.step(physics_BP, actions_BA, action_hold=action_hold)
-        observations.append(steps.observations)
-        states.append(steps.physics)
-        rewards.append(steps.rewards)
-        actions.append(np.repeat(actions_BA[:, None], action_hold, axis=1))
-        if batch.observe is not None:
-            batch.observe(actions_BA, steps.observations[:, -1])
-        observations_BO, physics_BP = steps.observations[:, -1], steps.physics[:, -1]
-    columns = zip(
-        np.concatenate(observations, axis=1),
-        np.concatenate(actions, axis=1),
-        np.concatenate(rewards, axis=1).astype(np.float32),
-        np.concatenate(states, axis=1),
-        strict=True,
-    )
-    return [
-        Trajectory(each_observations, each_actions, each_rewards, np.ones_like(each_rewards), each_states)
-        for each_observations, each_actions, each_rewards, each_states in columns
-    ]
 
 
 def _fill(config: CollectionConfig, explorer: Explorer, buffer: Path, missing: set[int], *, progress: bool) -> None:

@@ -43,12 +43,18 @@ class Batch:
         policy: Acts for all of them.
         recorded: How many of them are kept, the first ones. The rest serve the explorer's learning only.
         observe: Is told of every decision's outcome, for an explorer that learns within episodes.
+        reads_observations: Whether the policy looks at them; whole episodes of one that does not are played at once.
     """
 
     reset_seeds: tuple[int, ...]
     policy: BatchPolicy
     recorded: int
     observe: BatchObserver | None = None
+    reads_observations: bool = True
+
+    def __post_init__(self) -> None:
+        if self.observe is not None and not self.reads_observations:
+            raise ValueError("a batch that observes its outcomes must read observations; leave out one of the two")
 
 
 class Explorer(Protocol):
@@ -162,7 +168,7 @@ class UniformExplorer:
         def act(observations_BO: Float32[np.ndarray, "B O"], decision: int) -> Float32[np.ndarray, "B A"]:
             return rng.uniform(-1, 1, (size, self._action_dim)).astype(np.float32)
 
-        return Batch(draw_reset_seeds(rng, size), act, recorded=size)
+        return Batch(draw_reset_seeds(rng, size), act, recorded=size, reads_observations=False)
 
     def learn(self, number: int, trajectories: Sequence[Trajectory]) -> None:
         """Learns nothing."""
@@ -208,7 +214,7 @@ class NoiseExplorer:
             process_BA = (1 - config.reversion) * process_BA + innovation * rng.normal(size=shape)
             return np.clip(actions_BA, -1, 1).astype(np.float32)
 
-        return Batch(reset_seeds, act, recorded=shape[0])
+        return Batch(reset_seeds, act, recorded=shape[0], reads_observations=False)
 
     def learn(self, number: int, trajectories: Sequence[Trajectory]) -> None:
         """Learns nothing."""

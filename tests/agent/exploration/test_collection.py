@@ -210,6 +210,6 @@ def test_an_unstable_simulation_is_reported_in_a_line(tmp_path, monkeypatch):
     def explode(*_, **__):
         raise FloatingPointError("the simulation of x became unstable; use another seed")
 
-    monkeypatch.setattr(BatchedPhysics, "step", explode)
+    monkeypatch.setattr(BatchedPhysics, "play", explode)
     with pytest.raises(ValueError, match="became unstable"):
         collect(configuration(tmp_path), progress=False)
