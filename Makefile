@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3 p
 BIN := .venv/bin
 # Any torch will do; this one is small where its file is at hand.
 TORCH ?= torch==2.13.0
-INSTALL := --constraint constraints.txt --editable '.[simulator,cluster,development]'
+INSTALL := --constraint constraints.txt --editable '.[simulator,minari,cluster,development]'
 
 .PHONY: demo test check format setup constraints memory engine bench overlap errors figures clean
 
@@ -76,8 +76,8 @@ setup: .venv/ready
 
 # Exact versions for every supported Python, from pyproject.toml.
 constraints: setup
-	$(BIN)/uv pip compile pyproject.toml --extra simulator --extra cluster --extra development --universal --python-version 3.11 \
-	  --no-header --no-annotate --upgrade --quiet --output-file constraints.txt
+	$(BIN)/uv pip compile pyproject.toml --extra simulator --extra minari --extra cluster --extra development \
+	  --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet --output-file constraints.txt
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
