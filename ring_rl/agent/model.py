@@ -2,12 +2,13 @@
 
 Every agent is a module with three views of one function:
 
-    __call__(batch, parallel)   the action of every step of whole chains, for training
-    act(memory, now)            the next action, given a memory of everything before
-    observe(memory, now)        the memory with what that action led to
-    observe_and_act(memory, past, now)   both at once, for an outcome and the step that follows it
+    __call__(batch, parallel)                  what it says about every action of whole chains, for training
+    act(memory, now, keys)                     the next action, given a memory of everything before
+    observe(memory, now)                       the memory with what that action led to
+    observe_and_act(memory, past, now, keys)   both at once, for an outcome and the step that follows it
 
-`act` and `observe` in turn give the actions that `__call__` gives on the chain so far.
+Without keys, `act` and `observe` in turn give the modes of what `__call__` says on the chain so far; with a PRNG key
+for each row they draw from it, each row from its own key alone.
 """
 
 import dataclasses
@@ -18,19 +19,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from ring_rl.agent.action_heads import ActionDistribution, ActionHead, ActionHeadConfig
 from ring_rl.agent.chain_batch import ChainBatch
 from ring_rl.agent.td3_bc.networks import TD3BC, TD3BCConfig
 from ring_rl.agent.tokens import (
     Normalisation,
+    TimeEmbedding,
     TokenEmbedding,
     TokenLayout,
+    dropout,
     tokens_before_action,
     tokens_per_step,
 )
 from ring_rl.nn.kv_cache import KVCache
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.transformer import Transformer, TransformerConfig
-from ring_rl.typing import Array, Float
+from ring_rl.typing import Array, Float, PRNGKeyArray, Shaped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,12 @@ class SequenceModelConfig:
         token_layout: How a step becomes tokens.
         previous_step_in_token: Whether a fused token also holds the previous action and reward.
         return_octaves: Octaves of the return-to-go's Fourier features.
+        time_embedding: How the time within the episode enters: as Fourier features, as a vector learned for each
+            step, or not at all.
         time_octaves: Octaves of the episode time's Fourier features.
+        trajectory_embedding: Whether tokens say which trajectory of their chain they belong to.
+        embedding_dropout: Share of the embedded tokens' entries that training sets to zero.
+        action_head: How actions are read off the trunk.
         trajectories: Trajectories a context can hold.
         episode_steps: Decisions L in an episode.
         observation_dim: O.
@@ -55,7 +64,11 @@ class SequenceModelConfig:
     token_layout: TokenLayout
     previous_step_in_token: bool
     return_octaves: int
+    time_embedding: TimeEmbedding
     time_octaves: int
+    trajectory_embedding: bool
+    embedding_dropout: float
+    action_head: ActionHeadConfig
     trajectories: int
     episode_steps: int
     observation_dim: int
@@ -90,17 +103,28 @@ class AgenticTransformer(nnx.Module):
             trajectories=config.trajectories,
             episode_steps=config.episode_steps,
             return_octaves=config.return_octaves,
+            time_embedding=config.time_embedding,
             time_octaves=config.time_octaves,
+            trajectory_embedding=config.trajectory_embedding,
             previous_step_in_token=config.previous_step_in_token,
             normalisation=config.normalisation,
             width=config.transformer.width,
             rngs=rngs,
         )
         self.transformer = Transformer(config.transformer, rngs=rngs)
-        self.action_head = nnx.Linear(config.transformer.width, config.action_dim, rngs=rngs)
+        self.action_head = ActionHead(
+            config.action_head, width=config.transformer.width, action_dim=config.action_dim, rngs=rngs
+        )
 
-    def __call__(self, batch: ChainBatch, parallel: SequenceParallel) -> Float[Array, "B T A"]:
-        """Actions in (-1, 1) for every step, each from the tokens before it. `batch` in `parallel`'s layout.
+    def __call__(
+        self, batch: ChainBatch, parallel: SequenceParallel, *, dropout_key: PRNGKeyArray | None = None
+    ) -> ActionDistribution:
+        """Distributions [B T] over the action of every step, each from the tokens before it.
+
+        Args:
+            batch: Chains, in `parallel`'s layout.
+            parallel: The mesh.
+            dropout_key: Of `embedding_dropout`; None drops nothing.
 
         Raises:
             ValueError: the layout tears steps apart (`check_token_layout`).
@@ -108,12 +132,14 @@ class AgenticTransformer(nnx.Module):
         check_token_layout(self.config.token_layout, parallel)
         B, T = batch.steps.shape
         tokens, positions = self.embedding(batch)
+        if dropout_key is not None and self.config.embedding_dropout > 0:
+            tokens = dropout(tokens, positions, rate=self.config.embedding_dropout, key=dropout_key)
         x_BtM = self.transformer(tokens, positions, parallel)
         n, last_before = (
             tokens_per_step(self.config.token_layout),
             tokens_before_action(self.config.token_layout),
         )
-        return self._actions(x_BtM.reshape(B, T, n, -1)[:, :, last_before - 1])
+        return self.action_head(x_BtM.reshape(B, T, n, -1)[:, :, last_before - 1])
 
     @property
     def context_trajectories(self) -> int:
@@ -126,10 +152,12 @@ class AgenticTransformer(nnx.Module):
         steps = config.trajectories * config.episode_steps
         return self.transformer.empty_cache(batch=batch, capacity=steps * tokens_per_step(config.token_layout))
 
-    def act(self, memory: KVCache, now: ChainBatch) -> tuple[Float[Array, "B A"], KVCache]:
+    def act(
+        self, memory: KVCache, now: ChainBatch, keys: Shaped[PRNGKeyArray, " B"] | None = None
+    ) -> tuple[Float[Array, "B A"], KVCache]:
         """The action of one step, T = 1; of `now` only what is known before acting is read."""
         x_BnM, memory = self.transformer.decode(self.embedding.before_action(now)[:, 0], memory)
-        return self._actions(x_BnM[:, -1]), memory
+        return chosen(self.action_head(x_BnM[:, -1]), keys), memory
 
     def observe(self, memory: KVCache, now: ChainBatch) -> KVCache:
         """The memory after the step `now`, its action, reward and completion filled in."""
@@ -138,15 +166,12 @@ class AgenticTransformer(nnx.Module):
         return self.transformer.decode(self.embedding.after_action(now)[:, 0], memory)[1]
 
     def observe_and_act(
-        self, memory: KVCache, past: ChainBatch, now: ChainBatch
+        self, memory: KVCache, past: ChainBatch, now: ChainBatch, keys: Shaped[PRNGKeyArray, " B"] | None = None
     ) -> tuple[Float[Array, "B A"], KVCache]:
         """`act` after `observe`, reading the memory once instead of twice."""
         tokens = jnp.concatenate([self.embedding.after_action(past), self.embedding.before_action(now)], axis=2)
         x_BnM, memory = self.transformer.decode(tokens[:, 0], memory)
-        return self._actions(x_BnM[:, -1]), memory
-
-    def _actions(self, x: Float[Array, "*b M"]) -> Float[Array, "*b A"]:
-        return jnp.tanh(self.action_head(x))
+        return chosen(self.action_head(x_BnM[:, -1]), keys), memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,10 +184,12 @@ class BehaviourCloningConfig:
         observation_dim: O.
         action_dim: A.
         normalisation: Scales taken from the data.
+        action_head: How actions are read off the last hidden layer.
     """
 
     name: Literal["behaviour_cloning"]
     hidden_widths: tuple[int, ...]
+    action_head: ActionHeadConfig
     observation_dim: int
     action_dim: int
     normalisation: Normalisation
@@ -175,11 +202,14 @@ class BehaviourCloning(nnx.Module):
         self.config = config
         widths = (config.observation_dim, *config.hidden_widths)
         self.hidden = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(widths)])
-        self.action_head = nnx.Linear(widths[-1], config.action_dim, rngs=rngs)
+        self.action_head = ActionHead(config.action_head, width=widths[-1], action_dim=config.action_dim, rngs=rngs)
 
-    def __call__(self, batch: ChainBatch, parallel: SequenceParallel) -> Float[Array, "B T A"]:
-        """Actions in (-1, 1) for every step, each from its own observation."""
-        return self._actions(parallel.constrain(batch.observations))
+    def __call__(
+        self, batch: ChainBatch, parallel: SequenceParallel, *, dropout_key: PRNGKeyArray | None = None
+    ) -> ActionDistribution:
+        """Distributions [B T] over the action of every step, each from its own observation; nothing is dropped."""
+        del dropout_key
+        return self._distribution(parallel.constrain(batch.observations))
 
     @property
     def context_trajectories(self) -> int:
@@ -191,9 +221,11 @@ class BehaviourCloning(nnx.Module):
         del batch
         return ()
 
-    def act(self, memory: tuple[()], now: ChainBatch) -> tuple[Float[Array, "B A"], tuple[()]]:
+    def act(
+        self, memory: tuple[()], now: ChainBatch, keys: Shaped[PRNGKeyArray, " B"] | None = None
+    ) -> tuple[Float[Array, "B A"], tuple[()]]:
         """The action of one step, T = 1."""
-        return self._actions(now.observations[:, 0]), memory
+        return chosen(self._distribution(now.observations[:, 0]), keys), memory
 
     def observe(self, memory: tuple[()], now: ChainBatch) -> tuple[()]:
         """Remembers nothing."""
@@ -201,17 +233,24 @@ class BehaviourCloning(nnx.Module):
         return memory
 
     def observe_and_act(
-        self, memory: tuple[()], past: ChainBatch, now: ChainBatch
+        self, memory: tuple[()], past: ChainBatch, now: ChainBatch, keys: Shaped[PRNGKeyArray, " B"] | None = None
     ) -> tuple[Float[Array, "B A"], tuple[()]]:
         """`act`; there is nothing to remember."""
         del past
-        return self.act(memory, now)
+        return self.act(memory, now, keys)
 
-    def _actions(self, observations: Float[Array, "*b O"]) -> Float[Array, "*b A"]:
+    def _distribution(self, observations: Float[Array, "*b O"]) -> ActionDistribution:
         x = self.config.normalisation.observations(observations)
         for layer in self.hidden:
             x = jax.nn.gelu(layer(x))
-        return jnp.tanh(self.action_head(x))
+        return self.action_head(x)
+
+
+def chosen(distribution: ActionDistribution, keys: Shaped[PRNGKeyArray, " B"] | None) -> Float[Array, "B A"]:
+    """The mode of each row, or with keys a draw, which depends on the row's own distribution and key alone."""
+    if keys is None:
+        return distribution.mode()
+    return jax.vmap(lambda row, key: row.sample(key))(distribution, keys)
 
 
 # What imitates, and so is trained by `ring_rl.agent.loss`.

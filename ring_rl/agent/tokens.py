@@ -2,6 +2,7 @@
 
 | layout                                | tokens a step                                   | attention |
 |---------------------------------------|-------------------------------------------------|-----------|
+| return_state_action                   | R̂ s a, a Decision Transformer's                 | 9         |
 | return_state_action_reward            | R̂ s a r, the paper's                            | 16        |
 | return_state_action_reward_completion | R̂ s a r d, with the task-completion token       | 25        |
 | fused                                 | one: R̂ + s (+ the previous a, r)                | 1         |
@@ -9,9 +10,10 @@
 (relative cost of attention over the same steps). The action is predicted at the last token before it.
 
 Three clocks, each with one job. Rotary positions count tokens over the whole chain, so that a model can tell
-how far back something stands. The time within the episode enters as Fourier features, because it bounds what
-return is still possible; it starts anew with every trajectory. The index of the trajectory within its chain
-is a learned embedding, because the first attempt is an exploration and the last one an exploit.
+how far back something stands. The time within the episode, as Fourier features or as a learned vector for each step,
+bounds what return is still possible; it starts anew with every trajectory. The index of the trajectory within its
+chain is a learned embedding, because the first attempt is an exploration and the last one an exploit. The last two
+can be left out.
 
 Returns are divided by the data's best return and enter as Fourier features too: on skewed data most returns
 lie within a few hundredths of that scale, which a single linear input hardly resolves.
@@ -20,26 +22,35 @@ lie within a few hundredths of that scale, which a single linear input hardly re
 import dataclasses
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ring_rl.agent.chain_batch import ChainBatch
-from ring_rl.typing import Array, Float, Int
+from ring_rl.typing import Array, Float, Int, PRNGKeyArray
 
-TokenLayout = Literal["return_state_action_reward", "return_state_action_reward_completion", "fused"]
+TokenLayout = Literal[
+    "return_state_action", "return_state_action_reward", "return_state_action_reward_completion", "fused"
+]
+TimeEmbedding = Literal["fourier", "learned", "none"]
 
-_BEFORE_ACTION = {"return_state_action_reward": 2, "return_state_action_reward_completion": 2, "fused": 1}
-_AFTER_ACTION = {"return_state_action_reward": 2, "return_state_action_reward_completion": 3, "fused": 0}
+# What the tokens after a step's action hold; before it stand R̂ and s, as one token or as two.
+_AFTER_ACTION: dict[TokenLayout, tuple[str, ...]] = {
+    "return_state_action": ("action",),
+    "return_state_action_reward": ("action", "reward"),
+    "return_state_action_reward_completion": ("action", "reward", "completion"),
+    "fused": (),
+}
 
 
 def tokens_before_action(layout: TokenLayout) -> int:
     """Tokens of a step that exist before its action is chosen."""
-    return _BEFORE_ACTION[layout]
+    return 1 if layout == "fused" else 2
 
 
 def tokens_per_step(layout: TokenLayout) -> int:
     """Tokens of a whole step."""
-    return _BEFORE_ACTION[layout] + _AFTER_ACTION[layout]
+    return tokens_before_action(layout) + len(_AFTER_ACTION[layout])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +94,23 @@ def fourier_features(x: Float[Array, "*b"], *, octaves: int) -> Float[Array, "*b
     return jnp.concatenate([x[..., None], jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+def dropout(
+    tokens: Float[Array, "B t M"], positions: Int[Array, "B t"], *, rate: float, key: PRNGKeyArray
+) -> Float[Array, "B t M"]:
+    """Entries become zero with probability `rate`, the others are multiplied by 1 / (1 - rate).
+
+    Which ones is a function of (key, row, position in the chain), so that every mesh and layout drops the same.
+    """
+
+    def kept(row: Array, position: Array) -> Array:
+        entry_key = jax.random.fold_in(jax.random.fold_in(key, row), position)
+        return jax.random.bernoulli(entry_key, 1 - rate, tokens.shape[-1:])
+
+    rows = jnp.arange(tokens.shape[0])
+    kept_BtM = jax.vmap(jax.vmap(kept, in_axes=(None, 0)))(rows, positions)
+    return jnp.where(kept_BtM, tokens / (1 - rate), 0.0)
+
+
 class TokenEmbedding(nnx.Module):
     """Embeds the steps of chains as interleaved tokens."""
 
@@ -95,7 +123,9 @@ class TokenEmbedding(nnx.Module):
         trajectories: int,
         episode_steps: int,
         return_octaves: int,
+        time_embedding: TimeEmbedding,
         time_octaves: int,
+        trajectory_embedding: bool,
         previous_step_in_token: bool,
         normalisation: Normalisation,
         width: int,
@@ -103,18 +133,24 @@ class TokenEmbedding(nnx.Module):
     ):
         self.layout: TokenLayout = layout
         self.normalisation = normalisation
-        self.episode_steps = episode_steps
+        self.episode_steps, self.width = episode_steps, width
         self.return_octaves, self.time_octaves = return_octaves, time_octaves
+        self.time_embedding: TimeEmbedding = time_embedding
         linear = lambda inputs: nnx.Linear(inputs, width, rngs=rngs)  # noqa: E731
         self.return_to_go = linear(1 + 2 * return_octaves)
         self.observation = linear(observation_dim)
-        self.time = nnx.Linear(1 + 2 * time_octaves, width, use_bias=False, rngs=rngs)
-        self.trajectory = nnx.Embed(trajectories, width, rngs=rngs)
-        self.reads_actions = layout != "fused" or previous_step_in_token
-        if self.reads_actions:
+        if time_embedding == "fourier":
+            self.time = nnx.Linear(1 + 2 * time_octaves, width, use_bias=False, rngs=rngs)
+        elif time_embedding == "learned":
+            self.time = nnx.Embed(episode_steps, width, rngs=rngs)
+        self.trajectory = nnx.Embed(trajectories, width, rngs=rngs) if trajectory_embedding else None
+        self.previous_step_in_token = layout == "fused" and previous_step_in_token
+        read = ("action", "reward") if self.previous_step_in_token else _AFTER_ACTION[layout]
+        if "action" in read:
             self.action = linear(action_dim)
+        if "reward" in read:
             self.reward = linear(1)
-        if layout == "return_state_action_reward_completion":
+        if "completion" in read:
             self.completion = linear(1)
 
     def before_action(self, batch: ChainBatch) -> Float[Array, "B T n M"]:
@@ -125,7 +161,7 @@ class TokenEmbedding(nnx.Module):
         state_token = self.observation(self.normalisation.observations(batch.observations))
         if self.layout == "fused":
             fused = return_token + state_token
-            if self.reads_actions:
+            if self.previous_step_in_token:
                 fused = fused + self.action(batch.previous_actions)
                 fused = fused + self.reward(self._scaled_rewards(batch.previous_rewards))
             tokens = fused[:, :, None]
@@ -136,9 +172,11 @@ class TokenEmbedding(nnx.Module):
     def after_action(self, batch: ChainBatch) -> Float[Array, "B T n M"]:
         """The tokens of each step that say what was done and what came of it."""
         if self.layout == "fused":
-            return jnp.zeros((*batch.steps.shape, 0, self.time.out_features))
-        tokens = [self.action(batch.actions), self.reward(self._scaled_rewards(batch.rewards))]
-        if self.layout == "return_state_action_reward_completion":
+            return jnp.zeros((*batch.steps.shape, 0, self.width))
+        tokens = [self.action(batch.actions)]
+        if "reward" in _AFTER_ACTION[self.layout]:
+            tokens.append(self.reward(self._scaled_rewards(batch.rewards)))
+        if "completion" in _AFTER_ACTION[self.layout]:
             tokens.append(self.completion(batch.completions[..., None]))
         return jnp.stack(tokens, axis=2) + self._clock(batch.steps, batch.trajectory_indices)
 
@@ -153,8 +191,14 @@ class TokenEmbedding(nnx.Module):
         return tokens_BTnM.reshape(B, T * n, -1), positions_BTn.reshape(B, T * n)
 
     def _clock(self, steps: Array, trajectory_indices: Array) -> Float[Array, "B T 1 M"]:
-        time = fourier_features(steps / self.episode_steps, octaves=self.time_octaves)
-        return (self.time(time) + self.trajectory(trajectory_indices))[:, :, None]
+        clock = jnp.zeros((*steps.shape, self.width))
+        if self.time_embedding == "fourier":
+            clock = clock + self.time(fourier_features(steps / self.episode_steps, octaves=self.time_octaves))
+        elif self.time_embedding == "learned":
+            clock = clock + self.time(steps)
+        if self.trajectory is not None:
+            clock = clock + self.trajectory(trajectory_indices)
+        return clock[:, :, None]
 
     def _scaled_rewards(self, rewards: Array) -> Array:
         """Rewards times L over the best return: of order 1, whatever the task pays."""

@@ -1,3 +1,4 @@
+import dataclasses
 import typing
 from functools import partial
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ring_rl.agent.chain_batch import ChainBatch, chain_arrays
+from ring_rl.agent.chain_batch import ChainBatch, chain_arrays, empty_batch
 from ring_rl.agent.loss import make_action_loss
 from ring_rl.agent.model import BehaviourCloningConfig, check_token_layout, make_model
-from ring_rl.agent.tokens import Normalisation, TokenLayout, fourier_features, tokens_per_step
+from ring_rl.agent.tokens import Normalisation, TokenLayout, dropout, fourier_features, tokens_per_step
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.mesh import MeshConfig, make_mesh
 
@@ -32,13 +33,21 @@ def one_chain(chains, config):
 def actions_of(config, batch):
     model = make_model(config, nnx.Rngs(0))
     graphdef, parameters = nnx.split(model)
-    whole = jax.jit(lambda parameters, batch: nnx.merge(graphdef, parameters)(batch, parallel()))
+    whole = jax.jit(lambda parameters, batch: nnx.merge(graphdef, parameters)(batch, parallel()).mode())
     return model, partial(whole, jax.device_get(parameters))(batch)
 
 
-@pytest.mark.parametrize("token_layout", LAYOUTS)
-def test_acting_step_by_step_equals_the_whole_chain(chains, token_layout):
-    config = chains.sequence_config(token_layout)
+VARIATIONS = [
+    *({"token_layout": layout} for layout in LAYOUTS),
+    *({"action_head": head} for head in ("gaussian", "mixture", "discretised")),
+    {"token_layout": "return_state_action", "time_embedding": "learned", "trajectory_embedding": False},
+    {"time_embedding": "none", "trajectory_embedding": False, "previous_step_in_token": False},
+]
+
+
+@pytest.mark.parametrize("variation", VARIATIONS, ids=lambda variation: "-".join(map(str, variation.values())))
+def test_acting_step_by_step_equals_the_whole_chain(chains, variation):
+    config = chains.sequence_config(**variation)
     batch = one_chain(chains, config)
     model, expected = actions_of(config, batch)
     act, observe = (
@@ -70,7 +79,7 @@ def test_an_action_depends_on_nothing_after_it(chains, token_layout):
     })  # fmt: skip
 
     def one_action(real):
-        return jnp.sum(model(inputs._replace(**real), parallel())[0, t])
+        return jnp.sum(model(inputs._replace(**real), parallel()).mode()[0, t])
 
     names = ("observations", "actions", "rewards", "returns_to_go", "completions", "previous_actions")
     gradients = jax.jit(jax.grad(one_action))({name: getattr(inputs, name) for name in names})
@@ -83,13 +92,71 @@ def test_an_action_depends_on_nothing_after_it(chains, token_layout):
     else:
         # The action of step t is what is predicted: it must not be seen.
         assert reach["actions"].tolist() == list(range(t))
-        assert reach["rewards"].tolist() == list(range(t))
+        assert reach["rewards"].tolist() == (list(range(t)) if "reward" in token_layout else [])
     if "completion" in token_layout:
         assert reach["completions"].tolist() == list(range(t))
 
 
+def test_clocks_say_what_they_are_asked_to(chains):
+    """With observations and returns that never change, only clocks tell tokens apart; a transformer of one window
+    sees nothing but its own token."""
+    empty = empty_batch(batch_size=1, steps=20, observation_dim=3, action_dim=2)
+    batch = empty._replace(
+        steps=np.tile(np.arange(10, dtype=np.int32), 2)[None],
+        trajectory_indices=np.repeat(np.arange(2, dtype=np.int32), 10)[None],
+        positions=np.arange(20, dtype=np.int32)[None],
+    )
+
+    def distinct(**clocks):
+        config = chains.sequence_config(**clocks)
+        config = dataclasses.replace(config, transformer=dataclasses.replace(config.transformer, attention_window=1))
+        return len(np.unique(np.round(actions_of(config, batch)[1][0], 5), axis=0))
+
+    assert distinct() == 20
+    assert distinct(trajectory_embedding=False) == 10
+    assert distinct(time_embedding="learned", trajectory_embedding=False) == 10
+    assert distinct(time_embedding="none") == 2
+    assert distinct(time_embedding="none", trajectory_embedding=False) == 1
+
+
+def test_dropout_drops_its_share_at_the_same_places_on_every_mesh(chains):
+    tokens = jnp.ones((3, 40, 16))
+    positions = jnp.tile(jnp.arange(40), (3, 1))
+    dropped = dropout(tokens, positions, rate=0.25, key=jax.random.key(0))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert abs((dropped == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / dropped.size)
+    assert len(np.unique(dropped.reshape(-1, 16), axis=0)) > 110  # of 120: tokens and rows differ
+    order = np.random.default_rng(0).permutation(40)
+    again = dropout(tokens, positions[:, order], rate=0.25, key=jax.random.key(0))
+    np.testing.assert_array_equal(again, dropped[:, order])
+
+
+def test_dropout_is_for_training_alone(chains):
+    config = chains.sequence_config(embedding_dropout=0.5)
+    batch = one_chain(chains, config)
+    model, without = actions_of(config, batch)
+    loss = make_action_loss(parallel())
+    errors = [float(loss(model, batch, jax.random.key(seed)).total) for seed in (0, 0, 1)]
+    assert errors[0] == errors[1] != errors[2]
+    np.testing.assert_allclose(model(batch, parallel()).mode(), without, atol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["squared_error", "gaussian", "mixture", "discretised"])
+def test_the_error_of_an_action_is_reported_whatever_the_head(chains, head):
+    config = chains.sequence_config(action_head=head)
+    batch = one_chain(chains, config)
+    batch.loss_weights[:, :20] = 0
+    model, actions = actions_of(config, batch)
+    result = make_action_loss(parallel())(model, batch, jax.random.key(0))
+    expected = np.square(np.asarray(actions) - batch.actions)[0, 20:].mean()
+    total, weight = result.metrics["action_error"]
+    assert float(total / weight) == pytest.approx(expected, rel=1e-5)
+    assert (float(result.total) == pytest.approx(float(total), rel=1e-6)) == (head == "squared_error")
+    assert float(result.weight) == 10
+
+
 def test_tokens_per_step_are_those_of_the_paper():
-    assert [tokens_per_step(layout) for layout in LAYOUTS] == [4, 5, 1]
+    assert [tokens_per_step(layout) for layout in LAYOUTS] == [3, 4, 5, 1]
 
 
 def test_fourier_features_by_hand():
@@ -134,6 +201,7 @@ def test_behaviour_cloning_sees_only_the_present(chains):
     config = BehaviourCloningConfig(
         name="behaviour_cloning",
         hidden_widths=(8,),
+        action_head=chains.action_heads["squared_error"],
         observation_dim=3,
         action_dim=2,
         normalisation=chains.sequence_config().normalisation,

@@ -24,10 +24,11 @@ def test_flops_of_a_sequence_model_by_hand(chains, token_layout, tokens):
     assert got == 8 * (6 * kernels * tokens + attention)
 
 
-def test_flops_of_a_policy_without_context_by_hand():
+def test_flops_of_a_policy_without_context_by_hand(chains):
     config = BehaviourCloningConfig(
         name="behaviour_cloning",
         hidden_widths=(5,),
+        action_head=chains.action_heads["squared_error"],
         observation_dim=3,
         action_dim=2,
         normalisation=Normalisation(observation_mean=(0.0,) * 3, observation_scale=(1.0,) * 3, return_scale=1.0),

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import numpy as np
@@ -11,7 +11,10 @@ from flax import nnx
 
 from ring_rl.agent.chain_batch import ChainBatch
 from ring_rl.agent.model import Memory, ModelConfig, make_model
-from ring_rl.typing import Array, Float32, PyTree
+from ring_rl.typing import Array, Float32, PRNGKeyArray, PyTree, Shaped
+
+ActionSelection = Literal["mode", "sample"]
+Chance = tuple[PRNGKeyArray, Array] | None
 
 
 class Policy(Protocol):
@@ -42,8 +45,11 @@ class CompiledSteps:
     Attributes:
         context_trajectories: Episodes that a memory holds.
         begin: (parameters, rows) -> an empty memory.
-        act: (parameters, memory, now) -> (actions, memory).
-        observe_and_act: (parameters, memory, past, now) -> (actions, memory).
+        act: (parameters, memory, now, chance) -> (actions, memory).
+        observe_and_act: (parameters, memory, past, now, chance) -> (actions, memory).
+
+    `chance` is None for the modes of the model's distributions, or (key, decision) for draws: row i draws from
+    fold_in(fold_in(key, decision), i), whatever other rows there are.
     """
 
     context_trajectories: int
@@ -61,13 +67,15 @@ def compiled_steps(config: ModelConfig) -> CompiledSteps:
     def begin(parameters: PyTree, rows: int) -> Memory:
         return nnx.merge(graphdef, parameters).begin(batch=rows)
 
-    def act(parameters: PyTree, memory: Memory, now: ChainBatch) -> tuple[Array, Memory]:
+    def act(parameters: PyTree, memory: Memory, now: ChainBatch, chance: Chance) -> tuple[Array, Memory]:
         model: Any = nnx.merge(graphdef, parameters)
-        return model.act(memory, now)
+        return model.act(memory, now, _row_keys(chance, len(now.steps)))
 
-    def observe_and_act(parameters: PyTree, memory: Memory, past: ChainBatch, now: ChainBatch) -> tuple[Array, Memory]:
+    def observe_and_act(
+        parameters: PyTree, memory: Memory, past: ChainBatch, now: ChainBatch, chance: Chance
+    ) -> tuple[Array, Memory]:
         model: Any = nnx.merge(graphdef, parameters)
-        return model.observe_and_act(memory, past, now)
+        return model.observe_and_act(memory, past, now, _row_keys(chance, len(now.steps)))
 
     return CompiledSteps(
         context_trajectories=abstract.context_trajectories,
@@ -78,15 +86,36 @@ def compiled_steps(config: ModelConfig) -> CompiledSteps:
     )
 
 
+def _row_keys(chance: Chance, rows: int) -> Shaped[PRNGKeyArray, " rows"] | None:
+    if chance is None:
+        return None
+    key, decision = chance
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(key, decision), np.arange(rows))
+
+
 class ModelPolicy:
-    """A trained model acting through its memory, greedily and without randomness.
+    """A trained model acting through its memory.
 
     What followed an action enters the memory together with the next step, so that an environment step costs
     one call of the device, not two.
+
+    Args:
+        config: What the model was built from.
+        parameters: Its arrays.
+        action_selection: Whether to take the "mode" of what the model says about an action, or to "sample" from it.
+            A model that knows one action only, such as one trained with squared error, does the same in both.
+        seed: Of the draws. A row's draws depend on the seed, its index and how many decisions this policy has
+            made, through all episodes; not on how many other rows there are.
     """
 
-    def __init__(self, config: ModelConfig, parameters: PyTree):
+    def __init__(
+        self, config: ModelConfig, parameters: PyTree, *, action_selection: ActionSelection = "mode", seed: int = 0
+    ):
+        if action_selection not in get_args(ActionSelection):
+            raise ValueError(f"action_selection must be mode or sample, got {action_selection!r}")
         self._parameters = parameters
+        self._key = jax.random.key(seed) if action_selection == "sample" else None
+        self._decisions = 0
         self._steps = compiled_steps(config)
         self._memory: Memory = None
         self._pending: ChainBatch | None = None
@@ -102,10 +131,14 @@ class ModelPolicy:
 
     def act(self, now: ChainBatch) -> Float32[np.ndarray, "rows A"]:
         """Actions for one step."""
+        chance = None if self._key is None else (self._key, np.uint32(self._decisions))
+        self._decisions += 1
         if self._pending is None:
-            actions, self._memory = self._steps.act(self._parameters, self._memory, now)
+            actions, self._memory = self._steps.act(self._parameters, self._memory, now, chance)
         else:
-            actions, self._memory = self._steps.observe_and_act(self._parameters, self._memory, self._pending, now)
+            actions, self._memory = self._steps.observe_and_act(
+                self._parameters, self._memory, self._pending, now, chance
+            )
             self._pending = None
         return np.asarray(actions)
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from ring_rl.agent.chain_batch import ChainBatch
 from ring_rl.agent.tokens import Normalisation
-from ring_rl.typing import Array, Float
+from ring_rl.typing import Array, Float, PRNGKeyArray, Shaped
 
 __all__ = ["TD3BC", "TD3BCConfig"]
 
@@ -85,8 +85,11 @@ class TD3BC(nnx.Module):
         del batch
         return ()
 
-    def act(self, memory: tuple[()], now: ChainBatch) -> tuple[Float[Array, "B A"], tuple[()]]:
-        """The action of one step, T = 1."""
+    def act(
+        self, memory: tuple[()], now: ChainBatch, keys: Shaped[PRNGKeyArray, " B"] | None = None
+    ) -> tuple[Float[Array, "B A"], tuple[()]]:
+        """The action of one step, T = 1; there is nothing to draw."""
+        del keys
         return self.actions(now.observations[:, 0]), memory
 
     def observe(self, memory: tuple[()], now: ChainBatch) -> tuple[()]:
@@ -95,8 +98,8 @@ class TD3BC(nnx.Module):
         return memory
 
     def observe_and_act(
-        self, memory: tuple[()], past: ChainBatch, now: ChainBatch
+        self, memory: tuple[()], past: ChainBatch, now: ChainBatch, keys: Shaped[PRNGKeyArray, " B"] | None = None
     ) -> tuple[Float[Array, "B A"], tuple[()]]:
         """`act`; there is nothing to remember."""
         del past
-        return self.act(memory, now)
+        return self.act(memory, now, keys)

@@ -97,7 +97,7 @@ def full_forward_pass(config, parameters, rollouts, steps):
     batch = ChainBatch(*(np.stack(columns) for columns in zip(*rows, strict=True)))
     parallel = SequenceParallel(mesh=make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=1)), layout="contiguous")
     model = nnx.merge(nnx.split(make_model(config, nnx.Rngs(0)))[0], parameters)
-    return batch, jax.jit(lambda batch: model(batch, parallel))(batch)
+    return batch, jax.jit(lambda batch: model(batch, parallel).mode())(batch)
 
 
 @pytest.mark.parametrize("token_layout", ["fused", "return_state_action_reward_completion"])
