@@ -92,8 +92,13 @@ def training_episodes(config: ImitationAgentConfig, episodes: EpisodeSet) -> Epi
     return episodes if config.best_fraction == 1 else select_best_fraction(episodes, config.best_fraction)
 
 
-def model_config(config: ImitationAgentConfig, episodes: EpisodeSet) -> ModelConfig:
-    """The model for `episodes`, the whole data set: agents on one data set share their normalisation."""
+def model_config(
+    config: ImitationAgentConfig, episodes: EpisodeSet, *, episode_steps: int | None = None
+) -> ModelConfig:
+    """The model for `episodes`, the whole data set: agents on one data set share their normalisation.
+
+    It has room for episodes of `episode_steps` decisions, where episodes may last longer than any in the data.
+    """
     normalisation = normalisation_of(episodes)
     if isinstance(config, BehaviourCloningAgentConfig):
         return BehaviourCloningConfig(
@@ -106,7 +111,7 @@ def model_config(config: ImitationAgentConfig, episodes: EpisodeSet) -> ModelCon
         )
     return sequence_model_config(
         config,
-        episode_steps=max(each.length for each in episodes.trajectories),
+        episode_steps=max(*(each.length for each in episodes.trajectories), episode_steps or 1),
         observation_dim=episodes.observation_dim,
         action_dim=episodes.action_dim,
         normalisation=normalisation,

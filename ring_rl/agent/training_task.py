@@ -39,11 +39,14 @@ def make_task(
     parallel: SequenceParallel,
     seed: int,
     extra: Mapping[str, Any],
+    episode_steps: int | None = None,
 ) -> Task:
     """The task of training `agent`, of whatever kind, on `episodes`; see `make_training_task`."""
     if isinstance(agent, TD3BCAgentConfig):
         return make_td3_bc_task(agent, episodes, batch_size=batch.batch_size, parallel=parallel, extra=extra)
-    return make_training_task(agent, episodes, batch=batch, parallel=parallel, seed=seed, extra=extra)
+    return make_training_task(
+        agent, episodes, batch=batch, parallel=parallel, seed=seed, extra=extra, episode_steps=episode_steps
+    )
 
 
 def make_training_task(
@@ -54,6 +57,7 @@ def make_training_task(
     parallel: SequenceParallel,
     seed: int,
     extra: Mapping[str, Any],
+    episode_steps: int | None = None,
 ) -> TrainingTask:
     """The task of training an agent that imitates `episodes`.
 
@@ -64,11 +68,12 @@ def make_training_task(
         parallel: the mesh, in the batch's layout.
         seed: of the order in which chains are drawn.
         extra: plain JSON that every checkpoint carries.
+        episode_steps: decisions that an episode may last; None: as many as the longest in the data.
 
     Raises:
         ValueError: the mesh cannot share the batch, the chains or the model.
     """
-    model = model_config(agent, episodes)
+    model = model_config(agent, episodes, episode_steps=episode_steps)
     sampler = ChainSampler(
         training_episodes(agent, episodes),
         agent.chain,
