@@ -20,16 +20,16 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import overload
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from ring_rl.agent.environments.domains import DOMAINS, DomainSpec, parse_task
+from ring_rl.agent.episodes.derived import progress_bar
 from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.atomic_file import atomic_file
 from ring_rl.typing import Float64
@@ -37,12 +37,15 @@ from ring_rl.typing import Float64
 __all__ = [
     "DOMAINS",
     "DomainSpec",
+    "EpisodeFiles",
     "EpisodeSet",
     "list_episodes",
     "parse_task",
     "read_episode",
     "read_episodes",
+    "reward_columns",
     "select_best_fraction",
+    "spaced_evenly",
     "write_episode",
 ]
 
@@ -114,13 +117,14 @@ def list_episodes(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(paths, key=lambda path: (path.name.split("_")[0], _index_and_length(path)[0])))
 
 
-def read_episode(path: Path, *, reward_column: int | None = None) -> Trajectory:
+def read_episode(path: Path, *, reward_column: int | None = None, physics: bool = True) -> Trajectory:
     """Reads one episode file.
 
     Args:
         path: The file; its name holds the episode's length.
         reward_column: Which task's reward to take where a file holds several (point_mass_maze has 4). None
             demands that there is one.
+        physics: Whether to read the simulator's states, half of the file, if it holds any.
 
     Raises:
         FileNotFoundError: no such file.
@@ -129,48 +133,96 @@ def read_episode(path: Path, *, reward_column: int | None = None) -> Trajectory:
             The message names the file and the remedy.
     """
     try:
-        return _read_episode(path, reward_column)
+        return _read_episode(path, reward_column, physics)
     except _EpisodeError as problem:
         raise ValueError(f"{path}: {problem}") from None
 
 
+def reward_columns(path: Path) -> int:
+    """How many rewards an episode file holds, one a task; raises as `read_episode`."""
+    try:
+        rewards = _load_arrays(path, leave_out=("observation", "action", "discount", "physics")).get("reward")
+        if rewards is None or rewards.ndim != 2:
+            raise _EpisodeError("'reward' is missing or no table; fetch or collect it again")
+    except _EpisodeError as problem:
+        raise ValueError(f"{path}: {problem}") from None
+    return rewards.shape[1]
+
+
+class EpisodeFiles(Sequence[Trajectory]):
+    """Episode files as a sequence that reads one when it is asked for, and keeps none."""
+
+    def __init__(self, paths: Sequence[Path], *, reward_column: int | None = None, physics: bool = True) -> None:
+        self._paths, self._reward_column, self._physics = tuple(paths), reward_column, physics
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, index: slice) -> EpisodeFiles: ...
+    def __getitem__(self, index: int | slice) -> Trajectory | EpisodeFiles:
+        if isinstance(index, slice):
+            return EpisodeFiles(self._paths[index], reward_column=self._reward_column, physics=self._physics)
+        return read_episode(self._paths[index], reward_column=self._reward_column, physics=self._physics)
+
+
+def spaced_evenly(paths: Sequence[Path], count: int | None) -> tuple[Path, ...]:
+    """At most `count` of them, evenly spaced over the recording; all for None.
+
+    An explorer changes while it records, and the first ones alone would misrepresent it.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    if count is None:
+        return tuple(paths)
+    if count < 1:
+        raise ValueError(f"max_episodes must be at least 1, got {count}; use null to read all")
+    kept = min(count, len(paths))
+    return tuple(paths[index * len(paths) // kept] for index in range(kept))
+
+
 def read_episodes(
-    folder: Path, *, max_episodes: int | None, progress: bool, reward_column: int | None = None
+    folder: Path,
+    *,
+    max_episodes: int | None,
+    progress: bool,
+    reward_column: int | None = None,
+    physics: bool = True,
 ) -> EpisodeSet:
-    """Reads a buffer folder.
+    """Reads a buffer folder into memory.
 
     Args:
         folder: `<root>/<domain>/<algorithm>/buffer`.
-        max_episodes: Reads at most so many, evenly spaced over the recording: an explorer changes while it
-            records, and the first ones alone would misrepresent it. None reads all.
+        max_episodes: Reads at most so many, `spaced_evenly`. None reads all.
         progress: Whether to show a progress bar with the time left.
         reward_column: See `read_episode`.
+        physics: See `read_episode`.
 
     Raises:
         FileNotFoundError: the folder is missing or empty.
         ValueError: `max_episodes` below 1, a bad file (see `read_episode`), or files whose dimensions differ.
     """
-    paths = list_episodes(folder)
-    if max_episodes is not None:
-        if max_episodes < 1:
-            raise ValueError(f"max_episodes must be at least 1, got {max_episodes}; use null to read all")
-        if max_episodes < len(paths):
-            paths = tuple(paths[index * len(paths) // max_episodes] for index in range(max_episodes))
+    paths = spaced_evenly(list_episodes(folder), max_episodes)
     trajectories: list[Trajectory] = []
-    console = Console(stderr=True)
-    hidden = not (progress and console.is_terminal)
-    for path in track(paths, "reading episodes", console=console, disable=hidden, transient=True):
-        trajectory = read_episode(path, reward_column=reward_column)
-        if trajectories:
-            found, first = (
-                (each.observations.shape[1], each.actions.shape[1]) for each in (trajectory, trajectories[0])
-            )
-            if found != first:
-                raise ValueError(
-                    f"{path}: observation and action dimensions {found} differ from {first} in "
-                    f"{paths[0].name}; keep one domain in a folder"
+    with progress_bar(shown=progress) as bar:
+        job = bar.add_task("reading episodes", total=len(paths))
+        for path, trajectory in zip(
+            paths, EpisodeFiles(paths, reward_column=reward_column, physics=physics), strict=True
+        ):
+            if trajectories:
+                found, first = (
+                    (each.observations.shape[1], each.actions.shape[1]) for each in (trajectory, trajectories[0])
                 )
-        trajectories.append(trajectory)
+                if found != first:
+                    raise ValueError(
+                        f"{path}: observation and action dimensions {found} differ from {first} in "
+                        f"{paths[0].name}; keep one domain in a folder"
+                    )
+            trajectories.append(trajectory)
+            bar.advance(job)
     return EpisodeSet(tuple(trajectories))
 
 
@@ -229,9 +281,9 @@ def _index_and_length(path: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _read_episode(path: Path, reward_column: int | None) -> Trajectory:
+def _read_episode(path: Path, reward_column: int | None, with_physics: bool) -> Trajectory:
     _, length = _index_and_length(path)
-    arrays = _load_arrays(path)
+    arrays = _load_arrays(path, leave_out=() if with_physics else ("physics",))
     for key, dtype in (
         ("observation", "float32"),
         ("action", "float32"),
@@ -255,12 +307,12 @@ def _read_episode(path: Path, reward_column: int | None) -> Trajectory:
     )
 
 
-def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+def _load_arrays(path: Path, *, leave_out: Collection[str]) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:  # np.load would also take files that are no archive
             names = [name.removesuffix(".npy") for name in archive.namelist()]
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
+            return {name: arrays[name] for name in names if name not in leave_out}
     except FileNotFoundError:
         raise FileNotFoundError(f"no such episode: {path}") from None
     except PermissionError:

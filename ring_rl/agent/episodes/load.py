@@ -1,15 +1,28 @@
-"""Which episodes an agent learns from."""
+"""Which episodes an agent learns from, and whose rewards they carry."""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from ring_rl.agent.environments.domains import parse_task
-from ring_rl.agent.episodes.exorl import EpisodeSet, read_episodes
+from ring_rl.agent.environments.domains import DOMAINS, parse_task
+from ring_rl.agent.episodes.derived import signatures
+from ring_rl.agent.episodes.exorl import (
+    EpisodeFiles,
+    EpisodeSet,
+    list_episodes,
+    read_episodes,
+    reward_columns,
+    spaced_evenly,
+)
+from ring_rl.agent.episodes.relabel_cache import RelabelConfig, relabelled_rewards
 from ring_rl.agent.episodes.trajectory import merge_held_actions
 from ring_rl.agent.tokens import Normalisation
+from ring_rl.typing import Float32
+
+Rewards = Literal["auto", "stored", "relabelled"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,47 +30,68 @@ class DataConfig:
     """A data set in ExoRL's layout.
 
     Attributes:
+        name: "exorl".
         root: Holds `<domain>/<algorithm>/buffer/`.
         algorithm: Who explored.
-        max_episodes: Read only the first so many; null reads all.
+        max_episodes: Read at most so many, evenly spaced over the recording; null reads all.
         action_repeat: Control steps that make one decision; the data must have been collected with actions held
             that long. Published ExoRL data need 1.
-        reward_column: Which of several stored rewards is this task's; null where there is one.
+        rewards: "stored" takes the files' and trusts them to be the task's; "relabelled" recomputes them from the
+            recorded states, once, and keeps them beside the data; "auto" takes the stored ones where
+            collection.json says that they are this task's, or a file holds one column for each task of its domain,
+            and relabels where they are another's or nobody says whose.
+        reward_column: Which of several stored rewards is this task's; null finds out.
+        relabel: How rewards are recomputed.
     """
 
+    name: Literal["exorl"]
     root: Path
     algorithm: str
     max_episodes: int | None
     action_repeat: int
+    rewards: Rewards
     reward_column: int | None
+    relabel: RelabelConfig
+
+    def __post_init__(self) -> None:
+        if self.rewards == "relabelled" and self.reward_column is not None:
+            raise ValueError("reward_column chooses a stored reward; set it to null or rewards=stored")
 
 
 def load_episodes(config: DataConfig, *, task: str, progress: bool) -> EpisodeSet:
-    """The episodes of `task`'s domain, one row a decision.
-
-    Rewards are taken as stored. A set that says for which task they were paid must say `task`.
+    """The episodes of `task`'s domain with `task`'s rewards, one row a decision, without physics states.
 
     Raises:
         FileNotFoundError: There is no such data set; the message says how to make or fetch one.
-        ValueError: A damaged file, rewards of another task, or actions not held for `action_repeat` steps.
+        ImportError: Rewards must be relabelled first and there is no simulator.
+        ValueError: A damaged file, stored rewards of another task, rewards that cannot be relabelled, or actions
+            not held for `action_repeat` steps.
     """
-    domain, _ = parse_task(task)
-    folder = config.root / domain / config.algorithm
-    if not (folder / "buffer").is_dir():
-        raise FileNotFoundError(
-            f"no data set at {folder}; collect one with `python datasets/exorl/collect.py task={task}`, fetch a "
-            f"published one with `python datasets/exorl/fetch.py {domain} rnd`, or set data.root and data.algorithm"
-        )
-    _check_rewards_are_of(task, folder)
+    recording = _find_recording(config, task)
+    rewards = None
+    if config.rewards == "relabelled" or (config.rewards == "auto" and recording.task != task):
+        rewards = _relabelled(recording, config, task=task, progress=progress)
     episodes = read_episodes(
-        folder / "buffer",
+        recording.folder / "buffer",
         max_episodes=config.max_episodes,
         progress=progress,
-        reward_column=config.reward_column,
-    )
-    if config.action_repeat == 1:
-        return episodes
-    return EpisodeSet(tuple(merge_held_actions(each, config.action_repeat) for each in episodes.trajectories))
+        reward_column=recording.column,
+        physics=False,
+    ).trajectories
+    if rewards is not None:
+        episodes = tuple(dataclasses.replace(each, rewards=own) for each, own in zip(episodes, rewards, strict=True))
+    if config.action_repeat != 1:
+        episodes = tuple(merge_held_actions(each, config.action_repeat) for each in episodes)
+    return EpisodeSet(tuple(episodes))
+
+
+def load_rewards(config: DataConfig, *, task: str, progress: bool) -> list[Float32[np.ndarray, " L"]]:
+    """`task`'s rewards of every episode, one a control step, recomputed from the recorded states or kept from then.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `load_episodes`.
+    """
+    return _relabelled(_find_recording(config, task), config, task=task, progress=progress)
 
 
 def normalisation_of(episodes: EpisodeSet) -> Normalisation:
@@ -71,19 +105,69 @@ def normalisation_of(episodes: EpisodeSet) -> Normalisation:
     )
 
 
-def _check_rewards_are_of(task: str, folder: Path) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Recording:
+    """Files on disk, the column of their rewards to read, and for which task these were paid, if that is known."""
+
+    folder: Path
+    paths: tuple[Path, ...]
+    column: int
+    task: str | None
+
+
+def _find_recording(config: DataConfig, task: str) -> _Recording:
+    domain, _ = parse_task(task)
+    folder = config.root / domain / config.algorithm
+    if not (folder / "buffer").is_dir():
+        raise FileNotFoundError(
+            f"no data set at {folder}; collect one with `python datasets/exorl/collect.py task={task}`, fetch a "
+            f"published one with `python datasets/exorl/fetch.py {domain} rnd`, or set data.root and data.algorithm"
+        )
+    paths = spaced_evenly(list_episodes(folder / "buffer"), config.max_episodes)
+    tasks = tuple(f"{domain}_{name}" for name in DOMAINS[domain].tasks)
+    if config.reward_column is not None:
+        return _Recording(folder, paths, config.reward_column, task)
+    columns = reward_columns(paths[0])
+    if columns == 1:
+        column, recorded = 0, _recorded_task(folder)
+    elif columns == len(tasks):
+        column, recorded = tasks.index(task), task
+    else:
+        raise ValueError(
+            f"{paths[0]} holds {columns} rewards where {domain} has {len(tasks)} tasks; choose this task's with "
+            f"data.reward_column=0..{columns - 1}"
+        )
+    if config.rewards == "stored" and recorded not in (None, task):
+        raise ValueError(
+            f"{folder} holds the rewards of {recorded}, not of {task}; set task={recorded}, data.rewards=auto to "
+            "relabel, or choose another data.algorithm"
+        )
+    return _Recording(folder, paths, column, recorded)
+
+
+def _relabelled(
+    recording: _Recording, config: DataConfig, *, task: str, progress: bool
+) -> list[Float32[np.ndarray, " L"]]:
+    return relabelled_rewards(
+        recording.folder,
+        EpisodeFiles(recording.paths, reward_column=recording.column),
+        signatures(recording.paths),
+        task=task,
+        recorded_task=recording.task,
+        config=config.relabel,
+        progress=progress,
+    )
+
+
+def _recorded_task(folder: Path) -> str | None:
+    """For which task the stored rewards were paid, if collect.py wrote it down."""
     record = folder / "collection.json"
     if not record.exists():
-        return
+        return None
     try:
-        collected_for = json.loads(record.read_text())["settings"]["task"]
+        return str(json.loads(record.read_text())["settings"]["task"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{record} does not say for which task it was collected; restore it, or move it away if it is not "
             "collect.py's"
         ) from error
-    if collected_for != task:
-        raise ValueError(
-            f"{folder} holds the rewards of {collected_for}, not of {task}; "
-            f"set task={collected_for} or choose another data.algorithm"
-        )
