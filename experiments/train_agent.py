@@ -1,4 +1,4 @@
-"""Trains one agent on episodes in ExoRL's layout; conf/train_agent.yaml documents every key."""
+"""Trains one agent on episodes in ExoRL's layout or of a Minari data set; conf/train_agent.yaml documents every key."""
 
 import dataclasses
 from pathlib import Path
@@ -8,9 +8,9 @@ import numpy as np
 from omegaconf import DictConfig
 
 from ring_rl.agent.agents import AgentConfig
-from ring_rl.agent.episodes.load import DataConfig, load_episodes
+from ring_rl.agent.episodes.load import AnyDataConfig, environment_of, load_episodes
 from ring_rl.agent.training_task import BatchConfig, make_task
-from ring_rl.config import exit_on_bad_input, from_mapping
+from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
 from ring_rl.training.distributed import DistributedConfig, is_main_process, joined
@@ -43,7 +43,7 @@ class TrainAgentConfig:
     device_memory_gib: float | None
     profile: bool
     virtual_devices: int
-    data: DataConfig
+    data: AnyDataConfig
     agent: AgentConfig
     batch: BatchConfig
     accumulation_steps: int
@@ -68,6 +68,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
         ulysses_size=config.parallel.ulysses_size,
         weight_axes=("fsdp", "sp") if config.parallel.weights_over_ring else ("fsdp",),
     )
+    environment = environment_of(config.data, task=config.task)
     episodes = load_episodes(config.data, task=config.task, progress=is_main_process())
     task = make_task(
         config.agent,
@@ -79,9 +80,12 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
             "label": config.label,
             "task": config.task,
             "seed": config.seed,
-            "action_repeat": config.data.action_repeat,
+            "action_repeat": environment.action_repeat,
+            "environment": None if environment.recorded is None else to_mapping(environment.recorded),
+            "agent": to_mapping(config.agent),
             "data_returns": np.round(episodes.returns, 6).tolist(),
         },
+        episode_steps=environment.episode_steps,
     )
     finished = run_training(
         task,

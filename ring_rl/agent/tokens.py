@@ -15,7 +15,7 @@ bounds what return is still possible; it starts anew with every trajectory. The 
 chain is a learned embedding, because the first attempt is an exploration and the last one an exploit. The last two
 can be left out.
 
-Returns are divided by the data's best return and enter as Fourier features too: on skewed data most returns
+Returns are divided by the data's largest return and enter as Fourier features too: on skewed data most returns
 lie within a few hundredths of that scale, which a single linear input hardly resolves.
 """
 
@@ -60,7 +60,7 @@ class Normalisation:
     Attributes:
         observation_mean: Per entry of the observation.
         observation_scale: Standard deviation per entry; entries that never move have 1.
-        return_scale: The best return of the data.
+        return_scale: The largest return of the data by its absolute value: where all are negative, that of the worst.
     """
 
     observation_mean: tuple[float, ...]
@@ -201,5 +201,5 @@ class TokenEmbedding(nnx.Module):
         return clock[:, :, None]
 
     def _scaled_rewards(self, rewards: Array) -> Array:
-        """Rewards times L over the best return: of order 1, whatever the task pays."""
+        """Rewards times L over the largest return: of order 1, whatever the task pays."""
         return (rewards * (self.episode_steps / self.normalisation.return_scale))[..., None]

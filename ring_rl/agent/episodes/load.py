@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from ring_rl.agent.environments.domains import DOMAINS, parse_task
+from ring_rl.agent.environments.recorded import RecordedEnvironment
 from ring_rl.agent.episodes.derived import signatures
 from ring_rl.agent.episodes.exorl import (
     EpisodeFiles,
@@ -17,6 +18,7 @@ from ring_rl.agent.episodes.exorl import (
     reward_columns,
     spaced_evenly,
 )
+from ring_rl.agent.episodes.minari_read import MinariDataConfig, MinariSet
 from ring_rl.agent.episodes.relabel_cache import RelabelConfig, relabelled_rewards
 from ring_rl.agent.episodes.trajectory import merge_held_actions
 from ring_rl.agent.tokens import Normalisation
@@ -58,8 +60,44 @@ class DataConfig:
             raise ValueError("reward_column chooses a stored reward; set it to null or rewards=stored")
 
 
-def load_episodes(config: DataConfig, *, task: str, progress: bool) -> EpisodeSet:
-    """The episodes of `task`'s domain with `task`'s rewards, one row a decision, without physics states.
+AnyDataConfig = DataConfig | MinariDataConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataEnvironment:
+    """What a checkpoint must know to act in the environment that its data come from.
+
+    Attributes:
+        action_repeat: Control steps a decision.
+        recorded: What the data say of an environment that is none of ours; None for one of ours.
+    """
+
+    action_repeat: int
+    recorded: RecordedEnvironment | None
+
+    @property
+    def episode_steps(self) -> int | None:
+        """Decisions that an episode may last, if the data say so."""
+        return None if self.recorded is None else self.recorded.max_episode_steps
+
+
+def environment_of(config: AnyDataConfig, *, task: str) -> DataEnvironment:
+    """The environment of a data set.
+
+    Raises:
+        FileNotFoundError, ImportError: A Minari set that is not here, or Minari itself is not.
+        ValueError: A Minari set that was not recorded in `task`.
+    """
+    if isinstance(config, DataConfig):
+        return DataEnvironment(action_repeat=config.action_repeat, recorded=None)
+    opened = MinariSet(config)
+    return DataEnvironment(action_repeat=opened.action_repeat, recorded=opened.recorded_environment(task))
+
+
+def load_episodes(config: AnyDataConfig, *, task: str, progress: bool, physics: bool = False) -> EpisodeSet:
+    """The episodes of `task`'s domain with `task`'s rewards, one row a decision.
+
+    Physics states are left out unless `physics` asks for them; a Minari set gives what it holds.
 
     Raises:
         FileNotFoundError: There is no such data set; the message says how to make or fetch one.
@@ -67,6 +105,10 @@ def load_episodes(config: DataConfig, *, task: str, progress: bool) -> EpisodeSe
         ValueError: A damaged file, stored rewards of another task, rewards that cannot be relabelled, or actions
             not held for `action_repeat` steps.
     """
+    if isinstance(config, MinariDataConfig):
+        opened = MinariSet(config)
+        opened.check_task(task)
+        return opened.episodes(progress=progress)
     recording = _find_recording(config, task)
     rewards = None
     if config.rewards == "relabelled" or (config.rewards == "auto" and recording.task != task):
@@ -76,7 +118,7 @@ def load_episodes(config: DataConfig, *, task: str, progress: bool) -> EpisodeSe
         max_episodes=config.max_episodes,
         progress=progress,
         reward_column=recording.column,
-        physics=False,
+        physics=physics,
     ).trajectories
     if rewards is not None:
         episodes = tuple(dataclasses.replace(each, rewards=own) for each, own in zip(episodes, rewards, strict=True))
@@ -95,13 +137,13 @@ def load_rewards(config: DataConfig, *, task: str, progress: bool) -> list[Float
 
 
 def normalisation_of(episodes: EpisodeSet) -> Normalisation:
-    """Mean and deviation of every observation entry, and the best return."""
+    """Mean and deviation of every observation entry, and the largest return by its absolute value."""
     observations = np.concatenate([each.observations for each in episodes.trajectories]).astype(np.float64)
     scale = observations.std(axis=0)
     return Normalisation(
         observation_mean=tuple(map(float, observations.mean(axis=0))),
         observation_scale=tuple(float(s) if s > 1e-6 else 1.0 for s in scale),
-        return_scale=float(episodes.returns.max()),
+        return_scale=float(np.abs(episodes.returns).max()),
     )
 
 

@@ -40,7 +40,7 @@ class MinariDataConfig:
         name: "minari".
         dataset_id: Its id, "mujoco/halfcheetah/medium-v0".
         download: Fetch it from Minari's server if it is not on this machine.
-        max_episodes: Read only the first so many; null reads all.
+        max_episodes: Read at most so many, evenly spaced over the recording; null reads all.
     """
 
     name: Literal["minari"]
@@ -75,7 +75,8 @@ class MinariSet:
         count = self._dataset.total_episodes
         if count == 0:
             raise ValueError(f"the Minari data set {self.dataset_id} holds no episode")
-        self._indices = self._dataset.episode_indices[: config.max_episodes]
+        kept = min(config.max_episodes or count, count)
+        self._indices = self._dataset.episode_indices[np.arange(kept) * count // kept]
         metadata: dict[str, Any] = self._dataset.storage.read_raw_metadata(self._dataset.storage.data_path)
         self._own: dict[str, Any] | None = metadata.get(MINARI_METADATA)
         spec = json.loads(metadata["env_spec"]) if metadata.get("env_spec") else None
@@ -112,7 +113,12 @@ class MinariSet:
             )
 
     def recorded_environment(self, task: str) -> RecordedEnvironment | None:
-        """What evaluation builds the environment from; None for a task of ours, which needs nothing."""
+        """What evaluation builds the environment from; None for a task of ours, which needs nothing.
+
+        Raises:
+            ValueError: The set was not recorded in `task`.
+        """
+        self.check_task(task)
         if not task.startswith("gymnasium/"):
             return None
         if self.task is not None:

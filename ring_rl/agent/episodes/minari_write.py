@@ -33,7 +33,7 @@ from ring_rl.agent.episodes.minari_read import MINARI_METADATA
 from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.config import to_mapping
 
-__all__ = ["MinariCard", "write_minari"]
+__all__ = ["MinariCard", "check_new_dataset", "write_minari"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,26 @@ class MinariCard:
     algorithm_name: str | None
     code_permalink: str | None
     description: str | None
+
+
+def check_new_dataset(dataset_id: str) -> Path:
+    """The folder of a data set that is yet to be written.
+
+    Raises:
+        FileExistsError: There is such a set.
+        ImportError: Minari is not installed.
+        ValueError: A malformed id.
+    """
+    try:
+        from minari.storage import get_dataset_path
+    except ImportError as error:
+        raise ImportError(f"Minari data sets need minari ({error}): pip install 'ring_rl[minari]'") from error
+    if re.fullmatch(r"[-\w]+(/[-\w]+)*-v\d+", dataset_id) is None:
+        raise ValueError(f"a Minari id reads namespace/name-v0, got {dataset_id!r}")
+    folder: Path = get_dataset_path(dataset_id)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists and is not overwritten; choose another name or version")
+    return folder
 
 
 def write_minari(
@@ -87,21 +107,14 @@ def write_minari(
         ImportError: Minari is not installed.
         ValueError: A malformed id, or actions outside [-1, 1].
     """
-    try:
-        import gymnasium
-        import minari
-        from minari.dataset.minari_dataset import parse_dataset_id
-        from minari.dataset.minari_storage import MinariStorage
-        from minari.namespace import create_namespace, list_local_namespaces
-        from minari.storage import get_dataset_path
-    except ImportError as error:
-        raise ImportError(f"Minari data sets need minari ({error}): pip install 'ring_rl[minari]'") from error
-    if re.fullmatch(r"[-\w]+(/[-\w]+)*-v\d+", dataset_id) is None:
-        raise ValueError(f"a Minari id reads namespace/name-v0, got {dataset_id!r}")
+    folder = check_new_dataset(dataset_id)
+    import gymnasium
+    import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.dataset.minari_storage import MinariStorage
+    from minari.namespace import create_namespace, list_local_namespaces
+
     namespace = parse_dataset_id(dataset_id)[0]
-    folder: Path = get_dataset_path(dataset_id)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists and is not overwritten; choose another name or version")
     if namespace is not None and namespace not in list_local_namespaces():
         create_namespace(namespace)
     folder.parent.mkdir(parents=True, exist_ok=True)
