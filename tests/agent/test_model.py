@@ -37,11 +37,13 @@ def actions_of(config, batch):
     return model, partial(whole, jax.device_get(parameters))(batch)
 
 
+# Every layout, every head and every clock, each at least once.
 VARIATIONS = [
-    *({"token_layout": layout} for layout in LAYOUTS),
-    *({"action_head": head} for head in ("gaussian", "mixture", "discretised")),
-    {"token_layout": "return_state_action", "time_embedding": "learned", "trajectory_embedding": False},
-    {"time_embedding": "none", "trajectory_embedding": False, "previous_step_in_token": False},
+    {"token_layout": "fused", "action_head": "mixture"},
+    {"token_layout": "return_state_action", "action_head": "gaussian", "time_embedding": "learned"},
+    {"token_layout": "return_state_action_reward", "action_head": "discretised", "trajectory_embedding": False},
+    {"token_layout": "return_state_action_reward_completion", "action_head": "squared_error"},
+    {"token_layout": "fused", "time_embedding": "none", "previous_step_in_token": False},
 ]
 
 
@@ -136,17 +138,30 @@ def test_dropout_is_for_training_alone(chains):
     batch = one_chain(chains, config)
     model, without = actions_of(config, batch)
     loss = make_action_loss(parallel())
-    errors = [float(loss(model, batch, jax.random.key(seed)).total) for seed in (0, 0, 1)]
+    total = nnx.jit(lambda model, key: loss(model, batch, key).total)
+    errors = [float(total(model, jax.random.key(seed))) for seed in (0, 0, 1)]
     assert errors[0] == errors[1] != errors[2]
-    np.testing.assert_allclose(model(batch, parallel()).mode(), without, atol=1e-6)
+    # `without` has no key and so drops nothing: it is what the same parameters say without dropout.
+    dry = make_model(dataclasses.replace(config, embedding_dropout=0.0), nnx.Rngs(0))
+    np.testing.assert_allclose(nnx.jit(lambda model: model(batch, parallel()).mode())(dry), without, atol=1e-6)
+
+
+def behaviour_cloning_config(chains, action_head="squared_error"):
+    return BehaviourCloningConfig(
+        name="behaviour_cloning",
+        hidden_widths=(8,),
+        action_head=chains.action_heads[action_head],
+        observation_dim=3,
+        action_dim=2,
+        normalisation=chains.sequence_config().normalisation,
+    )
 
 
 @pytest.mark.parametrize("head", ["squared_error", "gaussian", "mixture", "discretised"])
 def test_the_error_of_an_action_is_reported_whatever_the_head(chains, head):
-    config = chains.sequence_config(action_head=head)
-    batch = one_chain(chains, config)
+    batch = one_chain(chains, chains.sequence_config())
     batch.loss_weights[:, :20] = 0
-    model, actions = actions_of(config, batch)
+    model, actions = actions_of(behaviour_cloning_config(chains, head), batch)
     result = make_action_loss(parallel())(model, batch, jax.random.key(0))
     expected = np.square(np.asarray(actions) - batch.actions)[0, 20:].mean()
     total, weight = result.metrics["action_error"]
@@ -187,7 +202,7 @@ def test_padding_does_not_enter_the_loss(chains):
     config = chains.sequence_config()
     batch = one_chain(chains, config)
     model = make_model(config, nnx.Rngs(0))
-    loss = make_action_loss(parallel())
+    loss = nnx.jit(make_action_loss(parallel()))
     short = loss(model, batch, jax.random.key(0))
     padded = ChainBatch(*(np.pad(x, [(0, 0), (0, 6)] + [(0, 0)] * (x.ndim - 2), constant_values=3) for x in batch))
     padded.loss_weights[:, 30:] = 0
@@ -198,14 +213,7 @@ def test_padding_does_not_enter_the_loss(chains):
 
 
 def test_behaviour_cloning_sees_only_the_present(chains):
-    config = BehaviourCloningConfig(
-        name="behaviour_cloning",
-        hidden_widths=(8,),
-        action_head=chains.action_heads["squared_error"],
-        observation_dim=3,
-        action_dim=2,
-        normalisation=chains.sequence_config().normalisation,
-    )
+    config = behaviour_cloning_config(chains)
     batch = one_chain(chains, chains.sequence_config())
     model, expected = actions_of(config, batch)
     changed = batch._replace(returns_to_go=batch.returns_to_go + 7, actions=-batch.actions)
