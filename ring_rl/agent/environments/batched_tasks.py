@@ -11,13 +11,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ring_rl.agent.environments.simulations import load_simulation
+
+# isort: split
+# The line above makes sure that the simulator is there, with its remedy and without its warnings; so it is first.
 from ring_rl.agent.environments.cartpole import BatchedCartpole
 from ring_rl.agent.environments.cheetah import BatchedCheetah
 from ring_rl.agent.environments.domains import parse_task
 from ring_rl.agent.environments.jaco import BatchedReach
 from ring_rl.agent.environments.point_mass_maze import BatchedMaze
 from ring_rl.agent.environments.quadruped import BatchedQuadruped
-from ring_rl.agent.environments.simulations import load_simulation
 from ring_rl.agent.environments.vectorised import Controls, Sensors, States
 from ring_rl.agent.environments.walker import BatchedWalker
 from ring_rl.typing import Float64

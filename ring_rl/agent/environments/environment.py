@@ -1,4 +1,4 @@
-"""The DeepMind Control Suite (arXiv:1801.00690) as Gymnasium environments with ExoRL's observations.
+"""The tasks of ExoRL as Gymnasium environments, with its observations.
 
 A thin wrapper of its own: Gymnasium sorts the keys of dictionary observations, so flattening a wrapped walker
 would give (height, orientations, velocity) where ExoRL's files hold dm_control's order (orientations, height,
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class DMControlEnvironment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.ndarray, " A"]]):
-    """One control-suite task with flat float32 observations and actions in [-1, 1].
+    """One task with flat float32 observations and actions in [-1, 1].
 
     A decision lasts `action_repeat` control steps; their rewards are summed. Actions are scaled to the
     actuators' range; what lies outside [-1, 1] is clipped, as the actuators would. The time limit truncates;
@@ -85,7 +85,7 @@ class DMControlEnvironment(gymnasium.Env[Float32[np.ndarray, " O"], Float32[np.n
     ) -> tuple[Float32[np.ndarray, " O"], dict[str, Any]]:
         """Starts an episode. Without a seed it is drawn from the stream that the last seed started."""
         super().reset(seed=None if seed is None else int(seed), options=options)
-        # The suite's task has a RandomState of its own; a word from our stream starts it anew every episode.
+        # A task has a RandomState of its own; a word from our stream starts it anew every episode.
         self._simulation.task.random.seed(int(self.np_random.integers(2**32)))
         time_step = self._simulation.reset()
         self._running = True
@@ -186,7 +186,7 @@ def register_environments() -> None:
 def rewards_of_states(
     task: str, physics_LP: Float64[np.ndarray, "L P"], actions_LA: Float32[np.ndarray, "L A"]
 ) -> Float64[np.ndarray, " L"]:
-    """Recomputes rewards from recorded states, with dm_control's own reward function.
+    """Recomputes rewards from recorded states, with the task's own reward function.
 
     Args:
         task: Whose reward; not necessarily the task of the recording.
@@ -207,7 +207,7 @@ def rewards_of_states(
 
 
 def observations_of_states(task: str, physics_LP: Float64[np.ndarray, "L P"]) -> Float32[np.ndarray, "L O"]:
-    """Recomputes observations from recorded states, with dm_control's own function.
+    """Recomputes observations from recorded states, with the task's own function.
 
     Raises:
         ValueError: quadruped and jaco, which observe accelerations, forces or torques. They belong to the step
