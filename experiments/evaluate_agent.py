@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import time
-from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
@@ -14,20 +14,35 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ring_rl.agent.environments.domains import DOMAINS, parse_task
-from ring_rl.agent.evaluation.plots import plot_return_by_episode, plot_returns_in_data
+from ring_rl.agent.episodes.trajectory import Trajectory
+from ring_rl.agent.evaluation.agent_environments import check_episode_length, make_agent_environments
+from ring_rl.agent.evaluation.in_context_report import (
+    in_context_rows,
+    in_context_summary,
+    in_context_tests,
+    plot_in_context,
+)
+from ring_rl.agent.evaluation.plots import plot_return_by_episode, plot_return_by_target, plot_returns_in_data
 from ring_rl.agent.evaluation.policy import Policy, UniformPolicy
+from ring_rl.agent.evaluation.profiles import performance_profile, plot_performance_profiles, shared_thresholds
 from ring_rl.agent.evaluation.protocol import (
     ProtocolConfig,
-    Result,
     TrainedAgent,
     check_comparable,
+    check_context,
     evaluate,
     load_agent,
+    shuffled_counterparts,
+)
+from ring_rl.agent.evaluation.results import (
+    RANDOM_POLICY,
+    Context,
+    Result,
+    return_scale,
     table_rows,
     write_returns,
 )
-from ring_rl.agent.evaluation.rollout import Rollouts
+from ring_rl.agent.evaluation.rollout import reset_seeds
 from ring_rl.atomic_file import refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
@@ -38,10 +53,30 @@ OUTPUTS = (
     "returns.csv",
     "summary.json",
     "table.md",
+    "in_context.md",
     "return_by_episode.png",
+    "return_by_target.png",
     "returns_in_data.png",
+    "in_context.png",
+    "performance_profile.png",
     "contact_sheet.png",
 )
+PROFILE_THRESHOLDS = 201
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StatisticsConfig:
+    """How much resampling intervals and tests get, and its seed."""
+
+    resamples: int
+    sign_flips: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if min(self.resamples, self.sign_flips) < 100:
+            raise ValueError(
+                f"statistics need at least 100 resamples and sign flips, got {self.resamples} and {self.sign_flips}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +89,7 @@ class EvaluateAgentConfig:
     protocol: ProtocolConfig
     cleared_context: bool
     random_policy: bool
+    statistics: StatisticsConfig
     render: bool
 
     def __post_init__(self) -> None:
@@ -62,73 +98,87 @@ class EvaluateAgentConfig:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Entry:
-    """One row of the comparison: who acts, how often, and with what context."""
+class Condition:
+    """One row of the comparison: who acts, how often, asked for what, and with what context."""
 
     label: str
-    seed: int
-    policy: Policy
+    context: Context
+    target_fraction: float | None
+    headline: bool
     action_repeat: int
-    carry_context: bool
+    policies: dict[int, Policy]
 
 
-def entries_of(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[Entry]:
-    """Every agent, once more with its context cleared where it has one, and chance."""
-    entries = []
-    for agent in agents:
-        entries.append(Entry(agent.label, agent.seed, agent.policy(), agent.action_repeat, True))
-        if config.cleared_context and agent.policy().context_trajectories > 1:
-            label = f"{agent.label}, context cleared"
-            entries.append(Entry(label, agent.seed, agent.policy(), agent.action_repeat, False))
+def conditions_of(config: EvaluateAgentConfig, agents: Sequence[TrainedAgent]) -> Iterator[Condition]:
+    """Chance, then every agent by target, once more with its context cleared where it has one."""
+    protocol, action_repeat = config.protocol, agents[0].action_repeat
     if config.random_policy:
-        seed, action_repeat = config.protocol.seed, agents[0].action_repeat
-        chance = lambda: UniformPolicy(action_dim=agents[0].model_config.action_dim, seed=seed)  # noqa: E731
-        entries.append(Entry("uniformly random", seed, chance(), 1, True))
+        chance = UniformPolicy(action_dim=agents[0].model_config.action_dim, seed=protocol.seed)
+        yield Condition(RANDOM_POLICY, "none", None, True, 1, {protocol.seed: chance})
         if action_repeat > 1:
-            entries.append(Entry(f"uniformly random, held {action_repeat} steps", seed, chance(), action_repeat, True))
-    return entries
+            chance = UniformPolicy(action_dim=agents[0].model_config.action_dim, seed=protocol.seed)
+            held = f"{RANDOM_POLICY}, held {action_repeat} steps"
+            yield Condition(held, "none", None, True, action_repeat, {protocol.seed: chance})
+    for label in dict.fromkeys(agent.label for agent in agents):
+        alike = sorted((agent for agent in agents if agent.label == label), key=lambda agent: agent.seed)
+        remembers = any(agent.policy().context_trajectories > 1 for agent in alike)
+        contexts: list[Context] = ["carried"] if remembers else ["none"]
+        if remembers and config.cleared_context:
+            contexts.append("cleared")
+        for fraction in protocol.target_fractions if alike[0].reads_returns else (None,):
+            for context in contexts:
+                # Policies of each condition's own: what one samples does not depend on which were evaluated before.
+                policies: dict[int, Policy] = {
+                    agent.seed: agent.policy(action_selection=protocol.action_selection, seed=protocol.seed)
+                    for agent in alike
+                }
+                headline = fraction in (None, protocol.target_fraction)
+                yield Condition(label, context, fraction, headline, action_repeat, policies)
 
 
-def check_episode_length(agents: list[TrainedAgent], control_steps: int) -> None:
-    """Raises ValueError if an agent's context was made for shorter or longer episodes than the task has."""
-    for agent in agents:
-        trained = getattr(agent.model_config, "episode_steps", None)
-        if trained is not None and trained * agent.action_repeat != control_steps:
-            raise ValueError(
-                f"{agent.label} was trained on episodes of {trained * agent.action_repeat} control steps, "
-                f"{agent.task} has {control_steps}; train on whole episodes of the task"
-            )
-
-
-def rolled_out(config: EvaluateAgentConfig, agents: list[TrainedAgent]) -> list[Result]:
-    """Every entry under the protocol, with progress."""
-    from ring_rl.agent.environments.environment import make_vector_environment
-
-    check_episode_length(agents, DOMAINS[parse_task(agents[0].task)[0]].episode_steps)
-    entries = entries_of(config, agents)
-    outcomes: dict[str, list[tuple[int, Rollouts]]] = defaultdict(list)
+def rolled_out(
+    config: EvaluateAgentConfig, agents: Sequence[TrainedAgent]
+) -> tuple[list[Result], dict[str, Trajectory]]:
+    """Every condition under the protocol, with progress; and of every agent one last episode, to be drawn."""
+    conditions, protocol = list(conditions_of(config, agents)), config.protocol
+    data_returns = agents[0].data_returns
+    results, shown = [], {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
-        bar = progress.add_task("evaluating", total=len(entries) * config.protocol.episodes)
-        for entry in entries:
-            progress.update(bar, description=f"evaluating {entry.label}")
-            environments = make_vector_environment(
-                agents[0].task, count=config.protocol.rows, action_repeat=entry.action_repeat
+        total = protocol.episodes * sum(len(condition.policies) for condition in conditions)
+        bar = progress.add_task("evaluating", total=total)
+        for condition in conditions:
+            returns = []
+            for policy in condition.policies.values():
+                progress.update(bar, description=f"evaluating {condition.label}")
+                environments = make_agent_environments(
+                    agents[0], count=protocol.rows, action_repeat=condition.action_repeat
+                )
+                rollouts = evaluate(
+                    policy,
+                    environments,
+                    protocol,
+                    best_return=float(data_returns.max()),
+                    target_fraction=condition.target_fraction,
+                    carry_context=condition.context == "carried",
+                    on_episode=lambda _: progress.advance(bar),
+                )
+                environments.close()
+                returns.append(rollouts.returns)
+                shown.setdefault(condition.label, rollouts.trajectories[0][-1])
+            results.append(
+                Result(
+                    label=condition.label,
+                    context=condition.context,
+                    target_fraction=condition.target_fraction,
+                    headline=condition.headline,
+                    seeds=tuple(condition.policies),
+                    returns=np.array(returns),
+                )
             )
-            rollouts = evaluate(
-                entry.policy,
-                environments,
-                config.protocol,
-                best_return=float(agents[0].data_returns.max()),
-                carry_context=entry.carry_context,
-                on_episode=lambda _: progress.advance(bar),
-            )
-            environments.close()
-            outcomes[entry.label].append((entry.seed, rollouts))
-    return [
-        Result(label, tuple(seed for seed, _ in runs), tuple(rollouts for _, rollouts in runs))
-        for label, runs in outcomes.items()
-    ]
+            # Chance goes first: data that are no better are refused before an agent acts.
+            return_scale(results, data_returns)
+    return sorted(results, key=lambda result: result.label.startswith(RANDOM_POLICY)), shown
 
 
 def evaluate_agents(config: EvaluateAgentConfig) -> None:
@@ -137,18 +187,29 @@ def evaluate_agents(config: EvaluateAgentConfig) -> None:
         refuse_existing(config.output, OUTPUTS)
     agents = [load_agent(run) for run in config.runs]
     check_comparable(agents)
+    check_context(agents, config.protocol.episodes)
+    check_episode_length(agents)
     config.output.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter()
-    results = rolled_out(config, agents)
+    results, shown = rolled_out(config, agents)
     seconds = time.perf_counter() - seconds
 
-    data_returns, task = agents[0].data_returns, agents[0].task
-    rows = table_rows(results, data_returns)
-    write_returns(results, config.protocol, config.output / "returns.csv")
-    scores = {result.label: dataclasses.asdict(result.scores) for result in results}
+    protocol, data_returns, task = config.protocol, agents[0].data_returns, agents[0].task
+    resets = reset_seeds(rows=protocol.rows, episodes=protocol.episodes, seed=protocol.seed)
+    write_returns(results, resets, config.output / "returns.csv")
+    scale = return_scale(results, data_returns)
+    rows = table_rows(results, data_returns, scale)
+    tests = in_context_tests(
+        [result for result in results if result.headline],
+        shuffled_counterparts(agents),
+        flips=config.statistics.sign_flips,
+        seed=config.statistics.seed,
+    )
+    scores = {result.name: dataclasses.asdict(result.scores) for result in results}
     summary = {
         "task": task,
-        "protocol": to_mapping(config.protocol),
+        "protocol": to_mapping(protocol),
+        "purpose": protocol.purpose,
         "runs": [str(run) for run in config.runs],
         "steps": [agent.step for agent in agents],
         "commit": git_commit(),
@@ -156,31 +217,60 @@ def evaluate_agents(config: EvaluateAgentConfig) -> None:
         "versions": versions("ring_rl", "jax", "flax", "dm_control", "mujoco"),
         "seconds": round(seconds, 1),
         "data": {"mean": data_returns.mean(), "p75": np.quantile(data_returns, 0.75), "best": data_returns.max()},
+        "return_scale": None if scale is None else dataclasses.asdict(scale),
         "scores": scores,
+        "in_context": in_context_summary(tests),
     }
-    for name, text in (
-        ("summary.json", json.dumps(summary, indent=2) + "\n"),
-        ("table.md", markdown_table(rows)),
-    ):
-        write_whole(config.output / name, text)
-    pictures = [config.output / "return_by_episode.png", config.output / "returns_in_data.png"]
-    plot_return_by_episode(results, data_returns, pictures[0], title=task)
-    plot_returns_in_data(results, data_returns, pictures[1], title=task)
+    write_whole(config.output / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_whole(config.output / "table.md", markdown_table(rows))
+    in_context_table = in_context_rows(tests, scale)
+    write_whole(config.output / "in_context.md", markdown_table(in_context_table))
+    pictures = draw(config, results, data_returns, task)
+    if tests:
+        pictures.append(config.output / "in_context.png")
+        plot_in_context(tests, pictures[-1], title=task)
     if config.render:
-        pictures += contact_sheet(config, task, results[0])
-    show(rows, config.protocol, pictures)
+        pictures += contact_sheet(config, task, shown[agents[0].label])
+    purpose = "" if protocol.purpose == "reporting" else ", tuning resets: for choosing settings, not for results"
+    show(rows, f"returns of {protocol.episodes} episodes in a row, mean [95% interval]{purpose}")
+    if tests:
+        show(in_context_table, "what the context is worth, on the same resets, from the second episode on")
+    for picture in pictures:
+        Console().print(f"picture {picture}", soft_wrap=True, highlight=False)
     figures = " ".join(
-        f"{re.sub(r'[^a-z0-9]+', '_', label)}={value['mean']['mean']:.1f}" for label, value in scores.items()
+        f"{re.sub(r'[^a-z0-9]+', '_', name)}={value['mean']['mean']:.1f}" for name, value in scores.items()
     )
     p75, best = np.quantile(data_returns, 0.75), data_returns.max()
     print(f"{figures} data_p75={p75:.1f} data_best={best:.1f} seconds={seconds:.1f}")
 
 
-def contact_sheet(config: EvaluateAgentConfig, task: str, result: Result) -> list[Path]:
+def draw(config: EvaluateAgentConfig, results: Sequence[Result], data_returns: np.ndarray, task: str) -> list[Path]:
+    """The pictures of an evaluation."""
+    headline = [result for result in results if result.headline]
+    names = ["return_by_episode.png", "returns_in_data.png", "performance_profile.png"]
+    pictures = [config.output / name for name in names]
+    plot_return_by_episode(headline, data_returns, pictures[0], title=task)
+    plot_returns_in_data(headline, data_returns, pictures[1], title=task)
+    scores = {result.name: {task: result.samples("mean")} for result in headline}
+    thresholds = shared_thresholds(scores, count=PROFILE_THRESHOLDS)
+    profiles = {
+        name: performance_profile(each, thresholds, resamples=config.statistics.resamples, seed=config.statistics.seed)
+        for name, each in scores.items()
+    }
+    kinds = " or ".join(sorted({result.sample_kind for result in headline}))
+    plot_performance_profiles(
+        profiles, pictures[2], title=task, score_label="return, mean of episodes,", run_label=kinds
+    )
+    if len(config.protocol.target_fractions) > 1 and any(result.target_fraction for result in results):
+        pictures.append(config.output / "return_by_target.png")
+        plot_return_by_target(results, data_returns, pictures[-1], title=task)
+    return pictures
+
+
+def contact_sheet(config: EvaluateAgentConfig, task: str, trajectory: Trajectory) -> list[Path]:
     """A strip of frames of the first agent's last episode, if this machine can draw one."""
     from ring_rl.agent.environments.rendering import render_contact_sheet
 
-    trajectory = result.rollouts[0].trajectories[0][-1]
     if trajectory.physics is None:
         return []
     drawn = render_contact_sheet(
@@ -198,18 +288,15 @@ def contact_sheet(config: EvaluateAgentConfig, task: str, result: Result) -> lis
     return [drawn.path]
 
 
-def show(rows: list[list[str]], protocol: ProtocolConfig, pictures: list[Path]) -> None:
-    """Prints the table and names the pictures."""
-    table = Table(title=f"returns of {protocol.episodes} episodes in a row, mean [95% interval]")
+def show(rows: list[list[str]], title: str) -> None:
+    """Prints a table."""
+    table = Table(title=title)
     for column in rows[0]:
-        table.add_column(column, no_wrap=True)
+        table.add_column(column)
     for row in rows[1:]:
         table.add_row(*row)
     # Wide enough for every cell, whatever the terminal: a table that is cut says nothing.
-    console = Console(width=max(140, Console().width))
-    console.print(table)
-    for picture in pictures:
-        console.print(f"picture {picture}", soft_wrap=True, highlight=False)
+    Console(width=max(200, Console().width)).print(table)
 
 
 @hydra.main(config_path="../conf", config_name="evaluate_agent", version_base="1.3")

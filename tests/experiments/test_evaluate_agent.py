@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 
 import pytest
 
@@ -20,25 +21,48 @@ PROTOCOL = ["protocol.episodes=2", "protocol.rows=2", "render=false"]
 
 
 def test_an_evaluation_leaves_table_csv_and_pictures(call_script, refused, run_dir, tmp_path, capsys):
-    call_script("evaluate_agent", f"runs=[{run_dir}]", f"output={tmp_path / 'out'}", *PROTOCOL)
+    others = "protocol.other_target_fractions=[0.7]"
+    call_script("evaluate_agent", f"runs=[{run_dir}]", f"output={tmp_path / 'out'}", *PROTOCOL, others)
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("agentic_transformer=")
     with (tmp_path / "out" / "returns.csv").open() as file:
         rows = list(csv.DictReader(file))
-    labels = {row["agent"] for row in rows}
-    assert labels == {
-        "agentic_transformer",
-        "agentic_transformer, context cleared",
-        "uniformly random",
-        "uniformly random, held 4 steps",
+    conditions = {(row["agent"], row["context"], row["target_fraction"], row["headline"]) for row in rows}
+    assert conditions == {
+        ("agentic_transformer", "carried", "0.85", "1"),
+        ("agentic_transformer", "cleared", "0.85", "1"),
+        ("agentic_transformer", "carried", "0.7", "0"),
+        ("agentic_transformer", "cleared", "0.7", "0"),
+        ("uniformly random", "none", "", "1"),
+        ("uniformly random, held 4 steps", "none", "", "1"),
     }
-    assert len(rows) == 4 * 2 * 2
+    assert len(rows) == 6 * 2 * 2
     # With the first episode of a context there is nothing yet that could be cleared.
-    first = [row["return"] for row in rows if row["episode"] == "0" and row["agent"].startswith("agentic")]
-    assert first[:2] == first[2:]
+    first = {row["context"]: row["return"] for row in rows if row["row"] == row["episode"] == "0" and row["headline"]}
+    assert first["carried"] == first["cleared"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     by_hand = [float(row["return"]) for row in rows if row["agent"] == "uniformly random"]
     assert summary["scores"]["uniformly random"]["mean"]["mean"] == pytest.approx(sum(by_hand) / 4, rel=1e-4)
-    for name in ("return_by_episode.png", "returns_in_data.png", "table.md"):
+    # The random policy is the 0 of the scale, the best of the data its 100.
+    assert summary["return_scale"]["random"] == pytest.approx(sum(by_hand) / 4, rel=1e-4)
+    assert summary["return_scale"]["best"] == summary["data"]["best"]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert re.search(r"\| uniformly random \| .* \| 0\.0 \[", table)
+    assert "agentic_transformer, target 0.7 of best" in table
+    (test,) = summary["in_context"].values()
+    paired = [
+        [
+            float(row["return"])
+            for row in rows
+            if (row["context"], row["headline"], row["episode"]) == (context, "1", "1")
+        ]
+        for context in ("carried", "cleared")
+    ]
+    by_hand = sum(a - b for a, b in zip(*paired, strict=True)) / 2
+    assert test["over_rows"]["difference"]["mean"] == pytest.approx(by_hand, abs=1e-2)
+    assert (test["unit"], summary["purpose"]) == ("environment rows", "reporting")
+    assert "agentic_transformer: carried - cleared" in (tmp_path / "out" / "in_context.md").read_text()
+    pictures = ("return_by_episode", "return_by_target", "returns_in_data", "in_context", "performance_profile")
+    for name in (*(f"{each}.png" for each in pictures), "table.md"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     again = refused(call_script, "evaluate_agent", f"runs=[{run_dir}]", f"output={tmp_path / 'out'}", *PROTOCOL)
     assert "returns.csv" in again
@@ -53,7 +77,12 @@ def test_bad_input(call_script, refused, tmp_path, run_dir):
     assert "no runs to evaluate" in complaint("runs=[]")
     assert "at least 1 episode and 2 rows" in complaint(f"runs=[{run_dir}]", "protocol.rows=1")
     assert "two runs of agentic_transformer have seed 0" in complaint(f"runs=[{run_dir},{run_dir}]")
-    assert "do not fit into one context of 2" in complaint(f"runs=[{run_dir}]", "protocol.episodes=3")
+    too_long = complaint(f"runs=[{run_dir}]", "protocol.episodes=3")
+    assert "3 episodes do not fit into one context of 2, which agentic_transformer has" in too_long
+    assert "must be different finite numbers" in complaint(
+        f"runs=[{run_dir}]", "protocol.other_target_fractions=[0.85]"
+    )
+    assert "must be at least 0, got -1" in complaint(f"runs=[{run_dir}]", "protocol.seed=-1")
 
 
 def test_my_own_notes_are_not_overwritten(call_script, refused, tmp_path, run_dir):

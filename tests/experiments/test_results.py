@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ring_rl.agent.evaluation.statistics import score
+from ring_rl.agent.evaluation.results import read_returns
+from ring_rl.agent.evaluation.statistics import RULES
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "experiments" / "results"
@@ -63,23 +64,14 @@ def test_an_old_table_is_named_and_replaced_and_a_missing_one_changes_nothing(lo
 
 
 def test_the_demo_table_follows_from_its_single_returns():
-    with (RESULTS / "demo" / "returns.csv").open() as file:
-        rows = list(csv.DictReader(file))
     shown = table(RESULTS / "demo" / "table.md")
     summary = json.loads((RESULTS / "demo" / "summary.json").read_text())
-    for agent in {row["agent"] for row in rows}:
-        mine = [row for row in rows if row["agent"] == agent]
-        returns = np.full([1 + max(int(row[name]) for row in mine) for name in ("row", "episode")], np.nan)
-        for row in mine:
-            returns[int(row["row"]), int(row["episode"])] = float(row["return"])
-        scores = score(returns)
-        assert shown[agent] == [
-            str(scores.mean),
-            str(scores.last),
-            str(scores.best),
-            f"{scores.mean.seeds} environment seeds",
-        ]
-        np.testing.assert_allclose(summary["scores"][agent]["mean"]["mean"], scores.mean.mean, rtol=1e-4)
+    for result in read_returns(RESULTS / "demo" / "returns.csv"):
+        mean, last, best = (getattr(result.scores, rule) for rule in RULES)
+        cells = shown[result.name]
+        assert cells[:3] == [str(mean), str(last), str(best)]
+        assert cells[-1] == f"{mean.seeds} {result.sample_kind}"
+        np.testing.assert_allclose(summary["scores"][result.name]["mean"]["mean"], mean.mean, rtol=1e-4)
     for name in ("commit", "device", "versions", "protocol"):
         assert summary[name]
 

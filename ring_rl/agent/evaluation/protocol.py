@@ -1,24 +1,24 @@
 """Agents compared under one protocol: the same tasks, resets, target and number of episodes for each."""
 
-import csv
 import dataclasses
-import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from ring_rl.agent.evaluation.policy import ModelPolicy, Policy
-from ring_rl.agent.evaluation.rollout import Rollouts, reset_seeds, roll_out
-from ring_rl.agent.evaluation.statistics import Scores, score
+from ring_rl.agent.environments.recorded import RecordedEnvironment
+from ring_rl.agent.evaluation.policy import ActionSelection, ModelPolicy, Policy
+from ring_rl.agent.evaluation.rollout import SEED_STRIDE, Rollouts, reset_seeds, roll_out
 from ring_rl.agent.model import BehaviourCloningConfig, ModelConfig, SequenceModelConfig
 from ring_rl.agent.td3_bc.networks import TD3BCConfig
-from ring_rl.atomic_file import write_whole
 from ring_rl.config import from_mapping
 from ring_rl.training.checkpoint import load_for_evaluation
-from ring_rl.training.statistics import estimate
 from ring_rl.typing import Float64
+
+# Seeds below are for results that are shown, seeds from here on for choosing settings: both never see one reset.
+FIRST_TUNING_SEED = 100
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,20 +28,47 @@ class ProtocolConfig:
     Attributes:
         episodes: Episodes n in a row, in one context where the agent has one.
         rows: Environment seeds, each with a context of its own; at least 2, for an interval.
-        seed: Which environment seeds.
-        target_fraction: The return asked for, as a fraction of the data's best.
+        seed: Which environment seeds: 0 to 99 for results that are shown, 100 and more for choosing settings.
+        target_fraction: The return asked for, as a fraction of the data's best: the one whose scores count, named
+            before any is seen.
+        other_target_fractions: Targets that are evaluated, too, and reported beside it.
+        action_selection: Whether a stochastic agent takes the "mode" of its distribution or a "sample".
     """
 
     episodes: int
     rows: int
     seed: int
     target_fraction: float
+    other_target_fractions: tuple[float, ...]
+    action_selection: ActionSelection
 
     def __post_init__(self) -> None:
         if self.episodes < 1 or self.rows < 2:
             raise ValueError(
                 f"an evaluation needs at least 1 episode and 2 rows, got episodes={self.episodes}, rows={self.rows}"
             )
+        if self.seed < 0:
+            raise ValueError(f"protocol.seed must be at least 0, got {self.seed}")
+        if self.rows * self.episodes > SEED_STRIDE:
+            raise ValueError(
+                f"{self.rows} rows of {self.episodes} episodes need more than the {SEED_STRIDE} resets that a "
+                "protocol seed has; lower one of them"
+            )
+        fractions = self.target_fractions
+        if len(set(fractions)) < len(fractions) or not all(map(math.isfinite, fractions)):
+            raise ValueError(
+                f"target_fraction and other_target_fractions must be different finite numbers, got {list(fractions)}"
+            )
+
+    @property
+    def target_fractions(self) -> tuple[float, ...]:
+        """All targets, the one whose scores count first."""
+        return (self.target_fraction, *self.other_target_fractions)
+
+    @property
+    def purpose(self) -> Literal["reporting", "tuning"]:
+        """What this protocol's resets may be used for."""
+        return "tuning" if self.seed >= FIRST_TUNING_SEED else "reporting"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +84,8 @@ class TrainedAgent:
         model_config: What its model was built from.
         parameters: Its arrays.
         step: Training steps it has seen.
+        settings: The configuration it was trained by, `agent` of conf/train_agent.yaml; empty if unknown.
+        environment: What its data set recorded of an environment that is none of ours; None for one of ours.
     """
 
     label: str
@@ -67,46 +96,17 @@ class TrainedAgent:
     model_config: ModelConfig
     parameters: Any
     step: int
-
-    def policy(self) -> ModelPolicy:
-        """The agent acting, with an empty memory."""
-        return ModelPolicy(self.model_config, self.parameters)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Result:
-    """One agent's rollouts: one entry a training seed."""
-
-    label: str
-    seeds: tuple[int, ...]
-    rollouts: tuple[Rollouts, ...]
+    settings: Mapping[str, Any]
+    environment: RecordedEnvironment | None = None
 
     @property
-    def returns(self) -> Float64[np.ndarray, "rows episodes"]:
-        """Of all training seeds, one below the other."""
-        return np.concatenate([each.returns for each in self.rollouts])
+    def reads_returns(self) -> bool:
+        """Whether it is told a target return; of others the evaluation is the same for every target."""
+        return isinstance(self.model_config, SequenceModelConfig)
 
-    @property
-    def samples(self) -> Float64[np.ndarray, "samples episodes"]:
-        """Independent samples: training seeds, averaged over their rows, where there are several; else rows."""
-        if len(self.rollouts) == 1:
-            return self.rollouts[0].returns
-        return np.array([each.returns.mean(axis=0) for each in self.rollouts])
-
-    @property
-    def sample_kind(self) -> str:
-        """What a sample is."""
-        return "environment seeds" if len(self.rollouts) == 1 else "training seeds"
-
-    @property
-    def scores(self) -> Scores:
-        """Over training seeds where there are several (each one's average counts once), else over rows."""
-        if len(self.rollouts) == 1:
-            return score(self.rollouts[0].returns)
-        by_seed = [
-            [each.returns.mean(), each.returns[:, -1].mean(), each.returns.max(axis=1).mean()] for each in self.rollouts
-        ]
-        return Scores(*(estimate(column) for column in np.array(by_seed).T))
+    def policy(self, *, action_selection: ActionSelection = "mode", seed: int = 0) -> ModelPolicy:
+        """The agent acting, with an empty memory; `seed` is that of sampled actions."""
+        return ModelPolicy(self.model_config, self.parameters, action_selection=action_selection, seed=seed)
 
 
 def load_agent(run_directory: Path) -> TrainedAgent:
@@ -124,6 +124,7 @@ def load_agent(run_directory: Path) -> TrainedAgent:
             f"the checkpoint in {run_directory} is not an agent's; give runs of experiments/train_agent.py"
         )
     extra = metadata.extra
+    recorded = extra.get("environment")
     return TrainedAgent(
         label=extra["label"],
         seed=extra["seed"],
@@ -133,6 +134,8 @@ def load_agent(run_directory: Path) -> TrainedAgent:
         model_config=from_mapping(kind, metadata.model_config, path="model"),
         parameters=parameters,
         step=metadata.step,
+        settings=extra.get("agent", {}),
+        environment=None if recorded is None else from_mapping(RecordedEnvironment, recorded, path="environment"),
     )
 
 
@@ -149,13 +152,16 @@ def check_comparable(agents: Sequence[TrainedAgent]) -> None:
                 raise ValueError(
                     f"two runs of {agent.label} have seed {agent.seed}; give each run once, each seed once"
                 )
-            if (agent.model_config, agent.step) != (twin.model_config, twin.step):
+            known = (agent.model_config, agent.step, agent.settings)
+            if known != (twin.model_config, twin.step, twin.settings):
                 raise ValueError(
-                    f"two runs called {agent.label} differ in more than the seed (model or training steps); "
-                    "evaluate them apart"
+                    f"two runs called {agent.label} differ in more than the seed (model, training steps or settings); "
+                    "evaluate them apart, or train them under labels of their own"
                 )
         seen[agent.label].append(agent)
     for other in agents[1:]:
+        if other.environment != first.environment:
+            raise ValueError(f"{other.label} and {first.label} act in different environments; evaluate them apart")
         for name in ("task", "action_repeat"):
             if getattr(other, name) != getattr(first, name):
                 raise ValueError(
@@ -166,54 +172,74 @@ def check_comparable(agents: Sequence[TrainedAgent]) -> None:
             raise ValueError(f"{other.label} and {first.label} were trained on different data; evaluate them apart")
 
 
+def shuffled_counterparts(agents: Sequence[TrainedAgent]) -> dict[str, str]:
+    """agent -> the agent that was trained on shuffled chains and otherwise like it, by their labels."""
+    orders = {agent.label: _without_order(agent.settings) for agent in agents}
+    return {
+        label: other
+        for label, (order, settings) in orders.items()
+        for other, (other_order, other_settings) in orders.items()
+        if (order, other_order) == ("ascending", "shuffled") and settings == other_settings
+    }
+
+
+def _without_order(settings: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    chain = dict(settings.get("chain", {}))
+    return chain.pop("order", None), {**settings, "chain": chain}
+
+
+def check_context(agents: Sequence[TrainedAgent], episodes: int) -> None:
+    """Raises ValueError unless every agent's context, where it is carried over, holds `episodes`."""
+    for agent in agents:
+        trajectories = getattr(agent.model_config, "trajectories", 1)
+        if 1 < trajectories < episodes:
+            raise ValueError(
+                f"{episodes} episodes do not fit into one context of {trajectories}, which {agent.label} has; lower "
+                "protocol.episodes, or train with a larger chain.trajectories"
+            )
+
+
+def target_return(best_return: float, fraction: float) -> float:
+    """The return to ask for.
+
+    Raises:
+        ValueError: A part of a best return that is not positive would be a higher goal, not a lower one.
+    """
+    if best_return <= 0 and fraction != 1:
+        raise ValueError(
+            f"the data's best return is {best_return:g}, of which {fraction:g} is no sensible target; "
+            "use protocol.target_fraction=1.0 and no others"
+        )
+    return fraction * best_return
+
+
 def evaluate(
     policy: Policy,
     environments: Any,
     protocol: ProtocolConfig,
     *,
     best_return: float,
+    target_fraction: float | None = None,
     carry_context: bool = True,
     on_episode: Callable[[int], None] | None = None,
 ) -> Rollouts:
-    """Rolls a policy out under the protocol; `best_return` is the data's."""
+    """Rolls a policy out under the protocol, on the same resets whatever the policy, its target and its context.
+
+    Args:
+        policy: Acts.
+        environments: A vector environment with the protocol's rows.
+        protocol: How many episodes, of which resets.
+        best_return: The data's.
+        target_fraction: The part of it to ask for; None: the protocol's own, whose scores count.
+        carry_context: As in `roll_out`.
+        on_episode: As in `roll_out`.
+    """
+    fraction = protocol.target_fraction if target_fraction is None else target_fraction
     return roll_out(
         policy,
         environments,
         seeds=reset_seeds(rows=protocol.rows, episodes=protocol.episodes, seed=protocol.seed),
-        target_return=protocol.target_fraction * best_return,
+        target_return=target_return(best_return, fraction),
         carry_context=carry_context,
         on_episode=on_episode,
     )
-
-
-def write_returns(results: Sequence[Result], protocol: ProtocolConfig, path: Path) -> None:
-    """Every single return as CSV: agent, training_seed, row, episode, reset_seed, return."""
-    seeds = reset_seeds(rows=protocol.rows, episodes=protocol.episodes, seed=protocol.seed)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["agent", "training_seed", "row", "episode", "reset_seed", "return"])
-    for result in results:
-        for training_seed, rollouts in zip(result.seeds, result.rollouts, strict=True):
-            for (row, episode), value in np.ndenumerate(rollouts.returns):
-                writer.writerow([result.label, training_seed, row, episode, seeds[row, episode], f"{value:.6g}"])
-    write_whole(path, text.getvalue())
-
-
-def table_rows(results: Sequence[Result], data_returns: Float64[np.ndarray, " E"]) -> list[list[str]]:
-    """The header and one row an agent, then the data, as text."""
-    rows = [["agent", "mean of episodes", "last episode", "best episode", "samples"]]
-    for result in results:
-        scores = result.scores
-        rows.append(
-            [
-                result.label,
-                str(scores.mean),
-                str(scores.last),
-                str(scores.best),
-                f"{scores.mean.seeds} {result.sample_kind}",
-            ]
-        )
-    mean, p75, best = data_returns.mean(), np.quantile(data_returns, 0.75), data_returns.max()
-    rows.append([f"data ({len(data_returns)} episodes)", f"{mean:.0f}", "", f"{best:.0f}", ""])
-    rows.append(["data, 75th percentile", f"{p75:.0f}", "", "", ""])
-    return rows

@@ -17,6 +17,9 @@ from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.agent.evaluation.policy import Policy
 from ring_rl.typing import Float64, Int
 
+# Resets that belong to one seed of a protocol.
+SEED_STRIDE = 100_003
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rollouts:
@@ -36,7 +39,7 @@ def reset_seeds(*, rows: int, episodes: int, seed: int) -> Int[np.ndarray, "rows
     Two policies under one protocol see the same states at the same places; that is what makes an agent with its
     context carried over comparable, episode by episode, with the same agent whose context is cleared.
     """
-    return seed * 100_003 + np.arange(rows * episodes).reshape(rows, episodes)
+    return seed * SEED_STRIDE + np.arange(rows * episodes).reshape(rows, episodes)
 
 
 def roll_out(
