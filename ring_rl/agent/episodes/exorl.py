@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -30,9 +29,10 @@ import numpy as np
 
 from ring_rl.agent.environments.domains import DOMAINS, DomainSpec, parse_task
 from ring_rl.agent.episodes.derived import progress_bar
+from ring_rl.agent.episodes.episode_set import EpisodeSet, select_best_fraction
 from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.atomic_file import atomic_file
-from ring_rl.typing import Float64
+from ring_rl.typing import Float32
 
 __all__ = [
     "DOMAINS",
@@ -42,6 +42,7 @@ __all__ = [
     "list_episodes",
     "parse_task",
     "read_episode",
+    "read_episode_and_rewards",
     "read_episodes",
     "reward_columns",
     "select_best_fraction",
@@ -51,55 +52,6 @@ __all__ = [
 
 # episode_000000_1000.npz as published; 20220131T120000_0_1000.npz as URLB's recorder names them.
 _EPISODE_NAME = re.compile(r"(?:episode|\d{8}T\d{6})_(\d+)_(\d+)\.npz")
-_QUANTILES = {"p10": 0.10, "p25": 0.25, "median": 0.50, "p75": 0.75, "p90": 0.90, "p95": 0.95}
-
-
-@dataclass(frozen=True, eq=False)
-class EpisodeSet:
-    """Episodes that agree in observation and action dimension; lengths may differ.
-
-    Raises:
-        ValueError: no trajectory, or trajectories that disagree.
-    """
-
-    trajectories: tuple[Trajectory, ...]
-
-    def __post_init__(self) -> None:
-        if not self.trajectories:
-            raise ValueError("an episode set needs at least one trajectory, got none")
-        for index, trajectory in enumerate(self.trajectories):
-            dimensions = (trajectory.observations.shape[1], trajectory.actions.shape[1])
-            if dimensions != (self.observation_dim, self.action_dim):
-                raise ValueError(
-                    f"trajectory {index} has observation and action dimensions {dimensions}, the first has "
-                    f"{(self.observation_dim, self.action_dim)}; keep one domain in a folder"
-                )
-
-    @property
-    def observation_dim(self) -> int:
-        """O."""
-        return self.trajectories[0].observations.shape[1]
-
-    @property
-    def action_dim(self) -> int:
-        """A."""
-        return self.trajectories[0].actions.shape[1]
-
-    @cached_property
-    def returns(self) -> Float64[np.ndarray, " E"]:
-        """The undiscounted return of every episode, in the order of `trajectories`."""
-        return np.array([trajectory.episode_return for trajectory in self.trajectories], dtype=np.float64)
-
-    @cached_property
-    def quantiles(self) -> Mapping[str, float]:
-        """min, p10, p25, median, p75, p90, p95 and max of the returns."""
-        inner = {name: float(np.quantile(self.returns, level)) for name, level in _QUANTILES.items()}
-        return {"min": float(self.returns.min()), **inner, "max": float(self.returns.max())}
-
-    @property
-    def best(self) -> Trajectory:
-        """The trajectory of highest return, the earliest if several share it."""
-        return self.trajectories[int(np.argmax(self.returns))]
 
 
 def list_episodes(folder: Path) -> tuple[Path, ...]:
@@ -133,7 +85,16 @@ def read_episode(path: Path, *, reward_column: int | None = None, physics: bool 
             The message names the file and the remedy.
     """
     try:
-        return _read_episode(path, reward_column, physics)
+        trajectory, rewards = _read_episode(path, physics)
+        return replace(trajectory, rewards=_select_reward(rewards, reward_column))
+    except _EpisodeError as problem:
+        raise ValueError(f"{path}: {problem}") from None
+
+
+def read_episode_and_rewards(path: Path) -> tuple[Trajectory, Float32[np.ndarray, "L tasks"]]:
+    """An episode without physics states, and all of its rewards, of which it carries the first; see `read_episode`."""
+    try:
+        return _read_episode(path, with_physics=False)
     except _EpisodeError as problem:
         raise ValueError(f"{path}: {problem}") from None
 
@@ -255,21 +216,6 @@ def write_episode(folder: Path, index: int, trajectory: Trajectory) -> Path:
     return path
 
 
-def select_best_fraction(episodes: EpisodeSet, fraction: float) -> EpisodeSet:
-    """The best `fraction` of the episodes by return, in ascending order of return; at least one.
-
-    `fraction=0.1` is what BC-10% clones.
-
-    Raises:
-        ValueError: a fraction outside (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}; BC-10% uses 0.1")
-    count = max(1, round(fraction * len(episodes.trajectories)))
-    best = np.argsort(episodes.returns, kind="stable")[-count:]
-    return EpisodeSet(tuple(episodes.trajectories[index] for index in best))
-
-
 class _EpisodeError(Exception):
     """What is wrong with a file, without its name."""
 
@@ -281,7 +227,7 @@ def _index_and_length(path: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _read_episode(path: Path, reward_column: int | None, with_physics: bool) -> Trajectory:
+def _read_episode(path: Path, with_physics: bool) -> tuple[Trajectory, np.ndarray]:
     _, length = _index_and_length(path)
     arrays = _load_arrays(path, leave_out=() if with_physics else ("physics",))
     for key, dtype in (
@@ -298,13 +244,15 @@ def _read_episode(path: Path, reward_column: int | None, with_physics: bool) -> 
         _check_array("physics", physics, dtype="float64", length=length)
     if arrays["discount"].shape[1] != 1:
         raise _EpisodeError(f"'discount' must have 1 column, got shape {arrays['discount'].shape}")
-    return Trajectory(
+    rewards = arrays["reward"][1:]
+    trajectory = Trajectory(
         observations=arrays["observation"],
         actions=arrays["action"][1:],
-        rewards=_select_reward(arrays["reward"], reward_column)[1:],
+        rewards=rewards[:, 0],
         discounts=arrays["discount"][1:, 0],
         physics=physics,
     )
+    return trajectory, rewards
 
 
 def _load_arrays(path: Path, *, leave_out: Collection[str]) -> dict[str, np.ndarray]:

@@ -138,10 +138,9 @@ def load_rewards(config: DataConfig, *, task: str, progress: bool) -> list[Float
 
 def normalisation_of(episodes: EpisodeSet) -> Normalisation:
     """Mean and deviation of every observation entry, and the largest return by its absolute value."""
-    observations = np.concatenate([each.observations for each in episodes.trajectories]).astype(np.float64)
-    scale = observations.std(axis=0)
+    mean, scale = episodes.observation_mean_and_deviation
     return Normalisation(
-        observation_mean=tuple(map(float, observations.mean(axis=0))),
+        observation_mean=tuple(map(float, mean)),
         observation_scale=tuple(float(s) if s > 1e-6 else 1.0 for s in scale),
         return_scale=float(np.abs(episodes.returns).max()),
     )
