@@ -72,7 +72,7 @@ def inside_a_sweep(monkeypatch):
 
 
 def test_there_are_sweeps():
-    assert {path.stem for path in SWEEPS} >= {"optimizer", "context_length", "seeds"}
+    assert {path.stem for path in SWEEPS} >= {"optimizer", "context_length", "seeds", "agent"}
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
