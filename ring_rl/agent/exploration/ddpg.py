@@ -185,9 +185,16 @@ def add_clipped_noise(
     return noisy + jax.lax.stop_gradient(clipped - noisy)
 
 
-def linear(width_in: int, width_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer with orthogonal weights and a bias of zero."""
-    return nnx.Linear(width_in, width_out, kernel_init=nnx.initializers.orthogonal(), rngs=rngs)
+def linear(width_in: int, width_out: int, *, bias_deviation: float = 0.0, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer with orthogonal weights and Gaussian biases, by default of zero."""
+    initializers = nnx.initializers
+    return nnx.Linear(
+        width_in,
+        width_out,
+        kernel_init=initializers.orthogonal(),
+        bias_init=initializers.normal(bias_deviation),
+        rngs=rngs,
+    )
 
 
 class _Trunk(nnx.Module):

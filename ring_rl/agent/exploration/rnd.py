@@ -2,7 +2,7 @@
 
 A predictor learns to imitate a frozen random network. Where it fails, the observation is new::
 
-    error(o) = mean (predictor(n(o)) - target(n(o)))^2         n: whitened by the batch's moments, clipped
+    error(o) = mean (predictor(n(o)) - target(n(o)))^2         n: compressed, whitened by the batch's moments, clipped
     reward   = scale * error / running standard deviation of the error
 
 The batch trains the predictor before it is rewarded. The error is not centred: rewards are positive.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,10 @@ class NoveltyConfig:
         representation_dim: Outputs of both.
         learning_rate: Adam's, for the predictor.
         observation_clip: Whitened observations are clipped to +- this.
+        compression: "symlog" takes sign(o) log(1 + |o|) of observations before they are whitened. Without it the
+            largest velocities ever seen set the scale, and standing still is not told apart from moving.
+        target_bias_deviation: Standard deviation of the target's hidden biases. Without biases the target is
+            nearly linear along every ray from the mean, and novelty grows with the distance rather than the rarity.
         scale: Of the reward.
     """
 
@@ -44,6 +48,8 @@ class NoveltyConfig:
     representation_dim: int
     learning_rate: float
     observation_clip: float
+    compression: Literal["none", "symlog"]
+    target_bias_deviation: float
     scale: float
 
     def __post_init__(self) -> None:
@@ -53,6 +59,8 @@ class NoveltyConfig:
         for name in ("learning_rate", "observation_clip", "scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.target_bias_deviation < 0:
+            raise ValueError(f"target_bias_deviation must not be negative, got {self.target_bias_deviation}")
 
 
 class RunningMoments(NamedTuple):
@@ -79,13 +87,16 @@ class Novelty:
         self._config = config
         self._widths = (observation_dim, config.hidden_width, config.hidden_width, config.representation_dim)
         self._optimizer = optax.adam(config.learning_rate)
-        self._network = nnx.graphdef(nnx.eval_shape(lambda: _Network(self._widths, rngs=nnx.Rngs(0))))
+        self._network = nnx.graphdef(
+            nnx.eval_shape(lambda: _Network(self._widths, bias_deviation=0.0, rngs=nnx.Rngs(0)))
+        )
 
     def init(self, key: PRNGKeyArray) -> NoveltyState:
         """Two independent random networks."""
         target_key, predictor_key = jax.random.split(key)
-        target = nnx.state(_Network(self._widths, rngs=nnx.Rngs(target_key)))
-        predictor = nnx.state(_Network(self._widths, rngs=nnx.Rngs(predictor_key)))
+        deviation = self._config.target_bias_deviation
+        target = nnx.state(_Network(self._widths, bias_deviation=deviation, rngs=nnx.Rngs(target_key)))
+        predictor = nnx.state(_Network(self._widths, bias_deviation=0.0, rngs=nnx.Rngs(predictor_key)))
         moments = RunningMoments(jnp.zeros(()), jnp.ones(()), jnp.asarray(_PRIOR_SAMPLES))
         return NoveltyState(target, predictor, self._optimizer.init(predictor), moments)
 
@@ -93,7 +104,10 @@ class Novelty:
         self, predictor: PyTree[Array], target: PyTree[Array], observations_BO: Float[Array, "B O"]
     ) -> Float[Array, " B"]:
         """How badly the predictor imitates the target; see the module."""
-        whitened_BO = jnp.clip(whiten(observations_BO), -self._config.observation_clip, self._config.observation_clip)
+        clip = self._config.observation_clip
+        if self._config.compression == "symlog":
+            observations_BO = jnp.sign(observations_BO) * jnp.log1p(jnp.abs(observations_BO))
+        whitened_BO = jnp.clip(whiten(observations_BO), -clip, clip)
         predicted, wanted = (nnx.merge(self._network, each)(whitened_BO) for each in (predictor, target))
         return jnp.square(predicted - jax.lax.stop_gradient(wanted)).mean(axis=-1)
 
@@ -130,9 +144,10 @@ def update_moments(moments: RunningMoments, samples_B: Float[Array, " B"]) -> Ru
 
 
 class _Network(nnx.Module):
-    def __init__(self, widths: tuple[int, ...], *, rngs: nnx.Rngs) -> None:
-        pairs = itertools.pairwise(widths)
-        self.layers = nnx.List([linear(width_in, width_out, rngs=rngs) for width_in, width_out in pairs])
+    def __init__(self, widths: tuple[int, ...], *, bias_deviation: float, rngs: nnx.Rngs) -> None:
+        *hidden, last = itertools.pairwise(widths)
+        layers = [linear(*pair, bias_deviation=bias_deviation, rngs=rngs) for pair in hidden]
+        self.layers = nnx.List([*layers, linear(*last, bias_deviation=0.0, rngs=rngs)])
 
     def __call__(self, inputs: Float[Array, "*rows O"]) -> Float[Array, "*rows representation"]:
         *hidden, last = self.layers
