@@ -1,0 +1,209 @@
+"""The paper's table of agents from one command; conf/reproduce_agent.yaml documents every key."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ring_rl.agent.environments.domains import DOMAINS, parse_task
+from ring_rl.agent.reproduction.cost import cost_lines
+from ring_rl.agent.reproduction.plan import Cell, PresetConfig, training_groups
+from ring_rl.agent.reproduction.published import PublishedTable
+from ring_rl.config import exit_on_bad_input, from_mapping
+from ring_rl.hydra_config import resolve, run_entry_point
+
+REPOSITORY = Path(__file__).parents[1]
+Stage = Literal["collect", "train", "evaluate", "report"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReproduceAgentConfig:
+    """Which comparison, and where its parts lie."""
+
+    preset: PresetConfig
+    published: PublishedTable
+    runs: Path
+    output: Path
+    data_root: Path
+    stages: tuple[Stage, ...]
+    dry_run: bool
+    partial: bool
+
+    @property
+    def cells(self) -> list[Cell]:
+        """Every cell of the preset."""
+        return list(self.preset.cells(self.runs))
+
+    def chance(self, task: str) -> Path:
+        """Where the returns of random actions are kept."""
+        return self.runs / task / "chance.json"
+
+
+def run(*command: str) -> None:
+    """Runs a command of this repository, shown to the user; what fails stops everything, and can be gone on with."""
+    print(f"\n$ python {' '.join(command)}", flush=True)
+    finished = subprocess.run([sys.executable, str(REPOSITORY / command[0]), *command[1:]])
+    if finished.returncode:
+        raise ChildProcessError(
+            f"{command[0]} ended with exit code {finished.returncode}; the same command again goes on from here"
+        )
+
+
+def collect(config: ReproduceAgentConfig) -> None:
+    """Brings every domain's data set up to what the preset asks for."""
+    for domain, tasks in config.preset.domains.items():
+        if config.preset.data == "fetch":
+            run("datasets/exorl/fetch.py", domain, "rnd", "--root", str(config.data_root))
+        else:
+            overrides = config.preset.collect[domain]
+            run("datasets/exorl/collect.py", f"root={config.data_root}", *overrides)
+        for task in tasks:
+            run("datasets/exorl/relabel.py", f"task={task}", f"data.root={config.data_root}", *data_overrides(config))
+
+
+def data_overrides(config: ReproduceAgentConfig) -> list[str]:
+    """Those of the training overrides that say which data set it is."""
+    return [each for each in config.preset.train if each.split("=")[0] in ("data", "data.algorithm")]
+
+
+def train(config: ReproduceAgentConfig) -> None:
+    """Trains what is missing: a Hydra multirun for each variant and kind of task."""
+    preset = config.preset
+    groups = training_groups(preset, [cell for cell in config.cells if not cell.trained])
+    for number, group in enumerate(groups):
+        variant = preset.variants[group.variant]
+        print(f"\ntraining {number + 1} of {len(groups)}: {variant.label} on {', '.join(group.tasks)}", flush=True)
+        run(
+            "experiments/train_agent.py",
+            "-m",
+            *(("hydra/launcher=workers", f"hydra.launcher.n_jobs={preset.workers}") if preset.workers > 1 else ()),
+            f"hydra.sweep.dir={config.runs}/multirun",
+            *preset.train,
+            *variant.train,
+            *group.overrides,
+            f"data.root={config.data_root}",
+            f"label='{variant.label}'",
+            f"run_dir={config.runs}/${{task}}/{group.variant}/seed_${{seed}}",
+            f"task={','.join(group.tasks)}",
+            f"seed={','.join(map(str, group.seeds))}",
+        )
+
+
+def evaluate(config: ReproduceAgentConfig) -> None:
+    """Evaluates every trained cell that has no evaluation under this protocol, and chance on every task."""
+    from ring_rl.agent.environments.environment import make_vector_environment
+    from ring_rl.agent.evaluation.protocol import load_agent
+    from ring_rl.agent.reproduction.evaluated import evaluate_cell, evaluate_chance, stale_reason
+
+    preset = config.preset
+    for cell in config.cells:
+        if not cell.trained:
+            run_of = cell.run()
+            reason = "not trained" if run_of is None else run_of.problem
+            raise ValueError(f"{cell.run_dir} is {reason}; train it first: stages=[train]")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("evaluating", total=len(config.cells) + len(preset.tasks))
+        for task in preset.tasks:
+
+            def environments(action_repeat: int, task: str = task):
+                return make_vector_environment(
+                    task, count=preset.protocol.rows, action_repeat=action_repeat, batched=True
+                )
+
+            progress.update(bar, description=f"evaluating {task}, chance")
+            if stale_reason(config.chance(task), preset.protocol, step=0):
+                action_dim = DOMAINS[parse_task(task)[0]].action_dim
+                evaluate_chance(config.chance(task), environments, preset.protocol, action_dim=action_dim)
+            progress.advance(bar)
+            for cell in (each for each in config.cells if each.task == task):
+                progress.update(bar, description=f"evaluating {task}, {preset.variants[cell.variant].label}")
+                agent = load_agent(cell.run_dir)
+                if stale_reason(cell.evaluation, preset.protocol, step=agent.step):
+                    evaluate_cell(cell, agent, environments, preset.protocol)
+                progress.advance(bar)
+
+
+def left_to_do(config: ReproduceAgentConfig) -> list[Cell]:
+    """Cells that are not trained or not evaluated."""
+    return [cell for cell in config.cells if not (cell.trained and cell.evaluation.exists())]
+
+
+def announce(config: ReproduceAgentConfig) -> None:
+    """Says what there is, what is left, and about how long it will take."""
+    preset = config.preset
+    lines = cost_lines(preset, config.cells, left_to_do(config))
+    table = Table(title=f"{preset.name}: {len(preset.tasks)} tasks, {len(preset.seeds)} seeds, for {preset.hardware}")
+    for column in ("agent", "finished", "left", "seconds a cell", "hours left"):
+        table.add_column(column)
+    for line in lines:
+        source = "measured" if line.measured else "expected"
+        table.add_row(
+            preset.variants[line.variant].label,
+            str(line.finished),
+            str(line.left),
+            f"{line.seconds_a_cell:.0f} ({source})",
+            f"{line.seconds / 3600:.2f}",
+        )
+    Console(width=120).print(table)
+    hours = sum(line.seconds for line in lines) / 3600 / preset.workers
+    print(
+        f"cells={len(config.cells)} left={sum(line.left for line in lines)} workers={preset.workers} "
+        f"hours_left={hours:.2f}",
+        flush=True,
+    )
+
+
+def report(config: ReproduceAgentConfig) -> None:
+    """Writes the tables and pictures."""
+    from ring_rl.agent.reproduction.report import write_report
+
+    missing = left_to_do(config)
+    if missing and not config.partial:
+        raise ValueError(
+            f"{len(missing)} of {len(config.cells)} cells are not finished, {missing[0].run_dir} is one; "
+            "finish them, or set partial=true for a table of what there is"
+        )
+    figures = write_report(
+        config.preset,
+        [cell for cell in config.cells if cell not in missing],
+        chance={task: config.chance(task) for task in config.preset.tasks},
+        published=config.published,
+        output=config.output,
+    )
+    print(" ".join(f"{name}={value}" for name, value in figures.items()))
+
+
+def reproduce(config: ReproduceAgentConfig) -> None:
+    """Announces, then goes through the stages in their order."""
+    announce(config)
+    if config.dry_run:
+        return
+    stages: Sequence[tuple[Stage, object]] = (
+        ("collect", collect),
+        ("train", train),
+        ("evaluate", evaluate),
+        ("report", report),
+    )
+    for name, stage in stages:
+        if name in config.stages:
+            stage(config)  # pyright: ignore[reportCallIssue]
+
+
+@hydra.main(config_path="../conf", config_name="reproduce_agent", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Turns the composed configuration into a table."""
+    with exit_on_bad_input():
+        reproduce(from_mapping(ReproduceAgentConfig, resolve(cfg)))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,136 @@
+"""Tables, verdicts and pictures of evaluations whose truth is known."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from ring_rl.agent.evaluation.aggregate import Interval
+from ring_rl.agent.reproduction.comparison import read_comparison
+from ring_rl.agent.reproduction.evaluated import stale_reason
+from ring_rl.agent.reproduction.findings import verdict_of
+from ring_rl.agent.reproduction.published import PublishedTable
+from ring_rl.agent.reproduction.report import write_report
+
+PUBLISHED = PublishedTable(
+    source="a paper",
+    differs=(),
+    returns={"cartpole_swingup": {"AT": 12.5, "BC": 10.0, "oom": None}, "jaco_reach": {"AT": 5.0, "BC": 6.0}},
+)
+
+
+@pytest.fixture
+def written(preset, evaluated, tmp_path):
+    runs, chance = evaluated
+    output = tmp_path / "results"
+    cells = list(preset.cells(runs))
+    figures = write_report(preset, cells, chance=chance, published=PUBLISHED, output=output)
+    return output, figures
+
+
+def rows_of(path):
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in path.read_text().splitlines()]
+    return [lines[0], *lines[2:]]
+
+
+def test_scores_are_normalised_between_chance_and_the_best_of_the_data(written):
+    output, figures = written
+    header, *rows = rows_of(output / "table.md")
+    assert header == ["task", "long", "shuffled", "clone"]
+    by_task = {row[0]: row for row in rows}
+    # (50 + 40 / 3 - 10) / 90 and (30 - 10) / 90
+    assert float(by_task["cartpole_swingup"][1].split()[0]) == pytest.approx(59.3, abs=1)
+    assert float(by_task["cartpole_swingup"][3].split()[0]) == pytest.approx(22.2, abs=1)
+    assert "all tasks, interquartile mean" in by_task
+    assert float(figures["clone_iqm"]) == pytest.approx(22.2, abs=1)
+    assert figures["cells"] == "18"
+
+
+def test_the_papers_numbers_stand_under_ours(written):
+    output, _ = written
+    rows = rows_of(output / "best.md")
+    at = next(index for index, row in enumerate(rows) if row[0] == "jaco_reach_top_left")
+    assert rows[at + 1][2:5] == ["5.00", "", "6.00"]
+
+
+def test_orderings_are_judged_by_the_interval_of_the_difference(written):
+    output, figures = written
+    verdicts = {
+        (each["better"], each["worse"], each["task"]): each
+        for each in json.loads((output / "summary.json").read_text())["orderings"]
+    }
+    forward, backward = verdicts["long", "clone", "all tasks"], verdicts["clone", "long", "all tasks"]
+    assert (forward["verdict"], backward["verdict"]) == ("holds", "reversed")
+    assert forward["difference"][0] == pytest.approx(-backward["difference"][0])
+    assert forward["paper"] == pytest.approx((2.5 - 1.0) / 2)
+    assert figures["orderings_that_hold"] == "1/2"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.1, 1.0, "holds"), (-1.0, -0.1, "reversed"), (-1.0, 1.0, "not settled"), (np.nan, np.nan, "not settled")],
+)
+def test_verdicts(low, high, verdict):
+    assert verdict_of(Interval(0.0, low, high)) == verdict
+
+
+def test_the_worth_of_context_is_found_and_tested_over_training_seeds(written):
+    output, _ = written
+    rows = rows_of(output / "in_context.md")
+    carried = [row for row in rows if "carried - cleared" in row[0]]
+    assert [row[1] for row in carried] == ["cartpole_swingup", "jaco_reach_top_left", "all tasks"]
+    assert float(carried[0][2].split()[0]) == pytest.approx(20, abs=1.5)
+    assert carried[0][4].startswith("3 training seeds")
+    # 6 runs that all agree: 2^-5
+    assert float(carried[-1][5]) == pytest.approx(2**-5, abs=1e-3)
+
+
+def test_every_return_is_in_the_csv(written, preset):
+    output, _ = written
+    with (output / "cells.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    per_evaluation = preset.protocol.rows * preset.protocol.episodes
+    # chance, three variants carried and two of them cleared, on two tasks
+    assert len(lines) == 2 * per_evaluation * (1 + 3 * 5)
+    for picture in ("scores.png", "by_episode.png", "profiles.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_comparison_of_what_there_is_leaves_the_rest_empty(preset, evaluated, tmp_path):
+    runs, chance = evaluated
+    cells = [cell for cell in preset.cells(runs) if (cell.variant, cell.task) != ("clone", "jaco_reach_top_left")]
+    write_report(preset, cells, chance=chance, published=PUBLISHED, output=tmp_path / "results")
+    by_task = {row[0]: row for row in rows_of(tmp_path / "results" / "table.md")}
+    assert by_task["jaco_reach_top_left"][3] == ""
+    assert by_task["all tasks, mean"][3] == ""
+    assert by_task["cartpole_swingup"][3] != ""
+
+
+def test_cells_that_were_trained_on_different_data_are_refused(preset, evaluated):
+    runs, chance = evaluated
+    cells = list(preset.cells(runs))
+    record = json.loads(cells[0].evaluation.read_text())
+    record["data"]["best"] = 99.0
+    cells[0].evaluation.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="trained on different data"):
+        read_comparison(preset, cells, chance)
+
+
+def test_an_evaluation_under_another_protocol_is_stale(preset, evaluated):
+    runs, _ = evaluated
+    path = next(preset.cells(runs)).evaluation
+    assert stale_reason(path, preset.protocol, step=5) is None
+    assert "step" in stale_reason(path, preset.protocol, step=6)
+    assert "rows" in stale_reason(path, dataclasses.replace(preset.protocol, rows=5), step=5)
+    assert stale_reason(path.with_name("none.json"), preset.protocol, step=5) == "not evaluated"
+    path.write_text("{")
+    assert "unreadable" in stale_reason(path, preset.protocol, step=5)
+
+
+def test_a_column_that_the_paper_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="no column 'ATT'; did you mean 'AT'"):
+        PUBLISHED.of("cartpole_swingup", "ATT")
+    assert PUBLISHED.of("walker_walk", "AT") is None
+    assert PUBLISHED.text("cartpole_swingup", "oom") == ""
