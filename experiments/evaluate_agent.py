@@ -173,6 +173,7 @@ def rolled_out(
                     target_fraction=condition.target_fraction,
                     headline=condition.headline,
                     seeds=tuple(condition.policies),
+                    context_episodes=min(policy.context_trajectories for policy in condition.policies.values()),
                     returns=np.array(returns),
                 )
             )
@@ -187,7 +188,7 @@ def evaluate_agents(config: EvaluateAgentConfig) -> None:
         refuse_existing(config.output, OUTPUTS)
     agents = [load_agent(run) for run in config.runs]
     check_comparable(agents)
-    check_context(agents, config.protocol.episodes)
+    check_context(agents, config.protocol)
     check_episode_length(agents)
     config.output.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter()

@@ -6,7 +6,8 @@ two conditions that meet the same reset at every (row, index):
 
     d = mean over episodes 2 .. n of (return with the context carried - return with it cleared before each episode)
 
-The first episode has no context in either condition. The same statistic between an agent trained on ascending chains
+The first episode has no context in either condition; nor have those with which a full context began anew, which are
+left out, too. The same statistic between an agent trained on ascending chains
 and one trained on shuffled ones tells what the order of its training data is worth.
 """
 
@@ -17,7 +18,7 @@ from typing import Literal
 import numpy as np
 
 from ring_rl.training.statistics import Estimate, estimate
-from ring_rl.typing import Float64
+from ring_rl.typing import Float64, Int
 
 __all__ = [
     "InContextTest",
@@ -94,10 +95,18 @@ def episode_differences(
 
 
 def in_context_differences(
-    first: Float64[np.ndarray, "seeds rows episodes"], second: Float64[np.ndarray, "seeds rows episodes"]
+    first: Float64[np.ndarray, "seeds rows episodes"],
+    second: Float64[np.ndarray, "seeds rows episodes"],
+    *,
+    context_episodes: int | None = None,
 ) -> Float64[np.ndarray, "seeds rows"]:
-    """The mean over episodes 2 .. n of first - second."""
-    return episode_differences(first, second)[:, :, 1:].mean(axis=2)
+    """The mean of first - second over the episodes with a context: all but every `context_episodes`-th from the first.
+
+    Raises:
+        ValueError: What `episode_differences` raises, or contexts of a single episode.
+    """
+    differences_SRE = episode_differences(first, second)
+    return differences_SRE[:, :, _with_context(differences_SRE.shape[2], context_episodes)].mean(axis=2)
 
 
 def in_context_test(
@@ -106,6 +115,7 @@ def in_context_test(
     *,
     flips: int,
     seed: int,
+    context_episodes: int | None = None,
 ) -> InContextTest:
     """Tests whether `first` is better than `second` from the second episode on.
 
@@ -116,12 +126,13 @@ def in_context_test(
         second: Returns of the other on the same resets, such as context cleared.
         flips: Random sign flips where there are too many units (more than 16) to try all.
         seed: Of those.
+        context_episodes: Episodes after which a context was full and began anew; None: it never did.
 
     Raises:
-        ValueError: The returns are not paired, there is no second episode, or there are fewer than 2 rows.
+        ValueError: The returns are not paired, no episode has a context, or there are fewer than 2 rows.
     """
     differences_SRE = episode_differences(first, second)
-    differences_SR = differences_SRE[:, :, 1:].mean(axis=2)
+    differences_SR = in_context_differences(first, second, context_episodes=context_episodes)
     if differences_SR.shape[1] < 2:
         raise ValueError("a paired test over rows needs at least 2 of them; raise protocol.rows")
     several = len(differences_SR) > 1
@@ -190,6 +201,14 @@ def holm_adjusted(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(p))
     adjusted[order] = stepped
     return adjusted.tolist()
+
+
+def _with_context(episodes: int, context_episodes: int | None) -> Int[np.ndarray, " n"]:
+    """The indices of episodes that had others before them in their context."""
+    if context_episodes is not None and context_episodes < 2:
+        raise ValueError(f"contexts of {context_episodes} episode hold nothing to learn from; there is nothing to test")
+    index = np.arange(episodes)
+    return index[index % (context_episodes or episodes) > 0]
 
 
 def _paired_test(values: Float64[np.ndarray, " units"], unit: Unit, *, flips: int, seed: int) -> PairedTest:

@@ -33,6 +33,8 @@ def in_context_tests(
     """
     if not results or results[0].returns.shape[2] < 2:
         return {}
+    # Contexts of one episode have nothing to carry.
+    results = [each for each in results if each.context_episodes != 1]
     by_condition: dict[tuple[str, Context], Result] = {(each.label, each.context): each for each in results}
     tests = {}
 
@@ -40,13 +42,16 @@ def in_context_tests(
         result = by_condition[label, context]
         return np.array([result.returns[result.seeds.index(each)] for each in seeds])
 
-    def add(name: str, first: np.ndarray, second: np.ndarray) -> None:
-        tests[name] = in_context_test(first, second, flips=flips, seed=seed)
+    def add(name: str, label: str, first: np.ndarray, second: np.ndarray) -> None:
+        fitting = by_condition[label, "carried"].context_episodes
+        tests[name] = in_context_test(first, second, flips=flips, seed=seed, context_episodes=fitting)
 
     for label in dict.fromkeys(each.label for each in results):
         if (label, "carried") in by_condition and (label, "cleared") in by_condition:
             seeds = by_condition[label, "carried"].seeds
-            add(f"{label}: carried - cleared", returns(label, "carried", seeds), returns(label, "cleared", seeds))
+            add(
+                f"{label}: carried - cleared", label, returns(label, "carried", seeds), returns(label, "cleared", seeds)
+            )
     for label, other in shuffled.items():
         if (label, "carried") not in by_condition or (other, "carried") not in by_condition:
             continue
@@ -55,12 +60,12 @@ def in_context_tests(
         seeds = [each for each in by_condition[label, "carried"].seeds if each in others]
         if not seeds:
             continue
-        add(f"{label} - {other}, carried", returns(label, "carried", seeds), returns(other, "carried", seeds))
+        add(f"{label} - {other}, carried", label, returns(label, "carried", seeds), returns(other, "carried", seeds))
         if (label, "cleared") in by_condition and (other, "cleared") in by_condition:
             worth, worth_of_other = (
                 returns(each, "carried", seeds) - returns(each, "cleared", seeds) for each in (label, other)
             )
-            add(f"{label} - {other}, carried - cleared", worth, worth_of_other)
+            add(f"{label} - {other}, carried - cleared", label, worth, worth_of_other)
     return tests
 
 

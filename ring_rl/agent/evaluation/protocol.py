@@ -17,6 +17,8 @@ from ring_rl.config import from_mapping
 from ring_rl.training.checkpoint import load_for_evaluation
 from ring_rl.typing import Float64
 
+FullContext = Literal["refuse", "begin_anew"]
+
 # Seeds below are for results that are shown, seeds from here on for choosing settings: both never see one reset.
 FIRST_TUNING_SEED = 100
 
@@ -33,6 +35,8 @@ class ProtocolConfig:
             before any is seen.
         other_target_fractions: Targets that are evaluated, too, and reported beside it.
         action_selection: Whether a stochastic agent takes the "mode" of its distribution or a "sample".
+        full_context: What is done with an agent whose context holds fewer episodes: "refuse" it, or let it
+            "begin_anew", with an empty context whenever it is full, so that chains of several lengths are compared.
     """
 
     episodes: int
@@ -41,6 +45,7 @@ class ProtocolConfig:
     target_fraction: float
     other_target_fractions: tuple[float, ...]
     action_selection: ActionSelection
+    full_context: FullContext
 
     def __post_init__(self) -> None:
         if self.episodes < 1 or self.rows < 2:
@@ -188,14 +193,15 @@ def _without_order(settings: Mapping[str, Any]) -> tuple[str | None, dict[str, A
     return chain.pop("order", None), {**settings, "chain": chain}
 
 
-def check_context(agents: Sequence[TrainedAgent], episodes: int) -> None:
-    """Raises ValueError unless every agent's context, where it is carried over, holds `episodes`."""
-    for agent in agents:
+def check_context(agents: Sequence[TrainedAgent], protocol: ProtocolConfig) -> None:
+    """Raises ValueError unless every agent's context holds the protocol's episodes, or may begin anew."""
+    episodes = protocol.episodes
+    for agent in agents if protocol.full_context == "refuse" else ():
         trajectories = getattr(agent.model_config, "trajectories", 1)
         if 1 < trajectories < episodes:
             raise ValueError(
                 f"{episodes} episodes do not fit into one context of {trajectories}, which {agent.label} has; lower "
-                "protocol.episodes, or train with a larger chain.trajectories"
+                "protocol.episodes, train with a larger chain.trajectories, or set protocol.full_context=begin_anew"
             )
 
 
@@ -241,5 +247,6 @@ def evaluate(
         seeds=reset_seeds(rows=protocol.rows, episodes=protocol.episodes, seed=protocol.seed),
         target_return=target_return(best_return, fraction),
         carry_context=carry_context,
+        begin_anew=protocol.full_context == "begin_anew",
         on_episode=on_episode,
     )

@@ -44,6 +44,7 @@ class Result:
         headline: Whether this target is the one whose scores count.
         seeds: The training seeds.
         returns: One entry a training seed, row and episode.
+        context_episodes: Episodes that fit into one context, after which it began anew; None: all of them.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Result:
     headline: bool
     seeds: tuple[int, ...]
     returns: Float64[np.ndarray, "seeds rows episodes"]
+    context_episodes: int | None = None
 
     def __post_init__(self) -> None:
         if self.returns.ndim != 3 or len(self.returns) != len(self.seeds):

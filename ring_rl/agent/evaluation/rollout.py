@@ -49,6 +49,7 @@ def roll_out(
     seeds: Int[np.ndarray, "rows episodes"],
     target_return: float,
     carry_context: bool = True,
+    begin_anew: bool = False,
     on_episode: Callable[[int], None] | None = None,
 ) -> Rollouts:
     """Runs `policy` for n episodes in each row of a Gymnasium vector environment.
@@ -64,6 +65,7 @@ def roll_out(
         seeds: Reset seeds; their shape says how many rows and episodes there are.
         target_return: The return asked for, in every episode.
         carry_context: False empties the context before every episode, to measure what it is worth.
+        begin_anew: Whether a context that is full is emptied for the episodes that are left; refused otherwise.
         on_episode: Called with each episode's index when it has ended in every row.
 
     Raises:
@@ -73,12 +75,12 @@ def roll_out(
     rows, episodes = seeds.shape
     if rows != environments.num_envs:
         raise ValueError(f"{rows} rows of seeds for {environments.num_envs} environments; give one row each")
-    if carry_context and 1 < policy.context_trajectories < episodes:
+    if carry_context and not begin_anew and 1 < policy.context_trajectories < episodes:
         raise ValueError(
             f"{episodes} episodes do not fit into one context of {policy.context_trajectories}; lower the number of "
-            "episodes, or train with a larger chain.trajectories"
+            "episodes, train with a larger chain.trajectories, or let a full context begin anew"
         )
-    in_one_context = episodes if carry_context and policy.context_trajectories > 1 else 1
+    in_one_context = min(episodes, policy.context_trajectories) if carry_context else 1
     recorded: list[list[Trajectory]] = [[] for _ in range(rows)]
     for first in range(0, episodes, in_one_context):
         context = _run_context(

@@ -112,6 +112,18 @@ def test_the_first_episode_does_not_count():
     )
 
 
+def test_episodes_with_which_a_full_context_begins_anew_do_not_count():
+    carried, cleared = conditions(np.random.default_rng(2), worth=3.0)
+    carried[:, :, 2] = cleared[:, :, 2]
+    test = in_context_test(carried, cleared, context_episodes=2, **MONTE_CARLO)
+    assert test.main.difference.mean == pytest.approx((carried - cleared)[:, :, [1, 3]].mean())
+    assert len(test.by_episode) == 4
+    whole = in_context_test(carried, cleared, **MONTE_CARLO)
+    assert in_context_test(carried, cleared, context_episodes=4, **MONTE_CARLO) == whole
+    with pytest.raises(ValueError, match="contexts of 1 episode hold nothing to learn from"):
+        in_context_differences(carried, cleared, context_episodes=1)
+
+
 def test_tasks_together_can_say_what_three_seeds_cannot():
     generator = np.random.default_rng(3)
     tasks = {task: conditions(generator, worth=4.0, seeds=3) for task in ("stand", "walk", "run", "reach")}

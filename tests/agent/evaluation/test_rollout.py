@@ -192,6 +192,16 @@ def test_more_episodes_than_a_context_holds_are_refused(chains, environments):
         roll_out(ModelPolicy(config, parameters), environments, seeds=np.zeros((ROWS, 3), int), target_return=1.0)
 
 
+def test_a_full_context_may_begin_anew(chains, environments):
+    config, parameters = config_and_parameters(chains)
+    seeds = np.tile([7, 8], (ROWS, 2))
+    rollouts = roll_out(
+        ModelPolicy(config, parameters), environments, seeds=seeds, target_return=TARGET, begin_anew=True
+    )
+    # Contexts hold 2 episodes: the third and fourth are the first two again.
+    np.testing.assert_array_equal(rollouts.returns[:, :2], rollouts.returns[:, 2:])
+
+
 def test_random_rows_differ_and_repeat():
     policy, again = (UniformPolicy(action_dim=2, seed=0) for _ in range(2))
     for each in (policy, again):
