@@ -6,13 +6,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ring_rl.kernels.attention import attention
-from ring_rl.kernels.decode import decode_attention
+from ring_rl.kernels.decode import DEFAULT_TILE_SIZE, decode_attention
 from ring_rl.kernels.mask import Mask
 from ring_rl.nn.kv_cache import LayerCache
 from ring_rl.nn.logical_axes import named
 from ring_rl.nn.parallel import LocalParallel
 from ring_rl.nn.rotary import rotate
 from ring_rl.typing import Array, Float, Int
+
+# Up to so many new tokens are decoded against the whole cache at once.
+FEW_TOKENS = 16
 
 
 class Attention(nnx.Module):
@@ -71,10 +74,15 @@ class Attention(nnx.Module):
     def decode(
         self, x: Float[Array, "B T M"], positions: Int[Array, "1 T"], cache: LayerCache
     ) -> tuple[Float[Array, "B T M"], LayerCache]:
-        """Attention of T new tokens to everything in the cache and to one another; the cache with them added."""
+        """Attention of T new tokens to everything in the cache and to one another; the cache with them added.
+
+        A few tokens cost what the cache's capacity says, however much of it is filled: let it grow as it fills.
+        """
         q, k, v = self._project(x, positions)
         cache = cache.write(k, v, positions[0, 0])
-        out = decode_attention(q, cache.k, cache.v, length=positions[0, 0], mask=self.mask)
+        # A few tokens read the cache in one product, whose memory is small: tile by tile costs several times as much.
+        tile_size = cache.k.shape[2] if x.shape[1] <= FEW_TOKENS else DEFAULT_TILE_SIZE
+        out = decode_attention(q, cache.k, cache.v, length=positions[0, 0], mask=self.mask, tile_size=tile_size)
         return self._merge_heads(out), cache
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:

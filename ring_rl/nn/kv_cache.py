@@ -39,6 +39,12 @@ class KVCache(NamedTuple):
         """Slots a row has."""
         return self.layers[0].k.shape[2]
 
+    def resized(self, capacity: int) -> "KVCache":
+        """The cache with room for `capacity` tokens, which must hold the `length` that are in it."""
+        change = [(0, 0, 0), (0, 0, 0), (0, capacity - self.capacity, 0), (0, 0, 0)]
+        resize = lambda x: jax.lax.pad(x, jnp.zeros((), x.dtype), change)  # noqa: E731
+        return KVCache(jax.tree.map(resize, self.layers), self.length)
+
 
 def empty_cache(
     *, layers: int, batch: int, capacity: int, key_value_heads: int, head_dim: int, dtype=jnp.float32

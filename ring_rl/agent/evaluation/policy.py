@@ -10,11 +10,16 @@ import numpy as np
 from flax import nnx
 
 from ring_rl.agent.chain_batch import ChainBatch
-from ring_rl.agent.model import Memory, ModelConfig, make_model
+from ring_rl.agent.model import AgenticTransformer, AgentModel, Memory, ModelConfig, SequenceModelConfig, make_model
+from ring_rl.agent.tokens import tokens_per_step
+from ring_rl.nn.kv_cache import KVCache
 from ring_rl.typing import Array, Float32, PRNGKeyArray, PyTree, Shaped
 
 ActionSelection = Literal["mode", "sample"]
 Chance = tuple[PRNGKeyArray, Array] | None
+
+FIRST_SLOTS = 1024
+"""Cache slots that a memory begins with. Fewer would save little: a step reads the model's weights as well."""
 
 
 class Policy(Protocol):
@@ -44,7 +49,11 @@ class CompiledSteps:
 
     Attributes:
         context_trajectories: Episodes that a memory holds.
-        begin: (parameters, rows) -> an empty memory.
+        decision_slots: Cache slots that one decision fills; 0 without a cache.
+        context_slots: Cache slots of a whole context.
+        prepare: parameters as trained -> parameters as the steps below take them.
+        begin: (parameters, rows) -> an empty memory, its cache of `FIRST_SLOTS` at most.
+        grow: (memory, capacity) -> the same memory with room for more.
         act: (parameters, memory, now, chance) -> (actions, memory).
         observe_and_act: (parameters, memory, past, now, chance) -> (actions, memory).
 
@@ -53,7 +62,11 @@ class CompiledSteps:
     """
 
     context_trajectories: int
+    decision_slots: int
+    context_slots: int
+    prepare: Callable[..., Any]
     begin: Callable[..., Any]
+    grow: Callable[..., Any]
     act: Callable[..., Any]
     observe_and_act: Callable[..., Any]
 
@@ -61,11 +74,18 @@ class CompiledSteps:
 @functools.lru_cache(maxsize=32)
 def compiled_steps(config: ModelConfig) -> CompiledSteps:
     """The jitted steps of a model; agents that differ in parameters only, such as training seeds, share them."""
-    abstract = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
-    graphdef = nnx.split(abstract)[0]
+    trained = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
+    acting = nnx.eval_shape(lambda: _unstacked(make_model(config, nnx.Rngs(0))))
+    trained_graphdef, graphdef = nnx.split(trained)[0], nnx.split(acting)[0]
+    whole_memory = jax.eval_shape(lambda: trained.begin(batch=1))
+    context_slots = whole_memory.capacity if isinstance(whole_memory, KVCache) else 0
+
+    def prepare(parameters: PyTree) -> PyTree:
+        return nnx.split(_unstacked(nnx.merge(trained_graphdef, parameters)))[1]
 
     def begin(parameters: PyTree, rows: int) -> Memory:
-        return nnx.merge(graphdef, parameters).begin(batch=rows)
+        memory = nnx.merge(graphdef, parameters).begin(batch=rows)
+        return memory.resized(min(FIRST_SLOTS, context_slots)) if isinstance(memory, KVCache) else memory
 
     def act(parameters: PyTree, memory: Memory, now: ChainBatch, chance: Chance) -> tuple[Array, Memory]:
         model: Any = nnx.merge(graphdef, parameters)
@@ -78,12 +98,22 @@ def compiled_steps(config: ModelConfig) -> CompiledSteps:
         return model.observe_and_act(memory, past, now, _row_keys(chance, len(now.steps)))
 
     return CompiledSteps(
-        context_trajectories=abstract.context_trajectories,
+        context_trajectories=trained.context_trajectories,
+        decision_slots=tokens_per_step(config.token_layout) if isinstance(config, SequenceModelConfig) else 0,
+        context_slots=context_slots,
+        prepare=jax.jit(prepare),
         begin=jax.jit(begin, static_argnums=1),
+        grow=jax.jit(lambda memory, capacity: memory.resized(capacity), static_argnums=1),
         # The memory is donated: a step writes a few slots in place instead of copying the whole cache.
         act=jax.jit(act, donate_argnums=1),
         observe_and_act=jax.jit(observe_and_act, donate_argnums=1),
     )
+
+
+def _unstacked(model: AgentModel) -> AgentModel:
+    if isinstance(model, AgenticTransformer):
+        model.transformer.unstack()
+    return model
 
 
 def _row_keys(chance: Chance, rows: int) -> Shaped[PRNGKeyArray, " rows"] | None:
@@ -97,7 +127,8 @@ class ModelPolicy:
     """A trained model acting through its memory.
 
     What followed an action enters the memory together with the next step, so that an environment step costs
-    one call of the device, not two.
+    one call of the device, not two. The memory starts small and doubles when it is full: a step reads all of it, and
+    an early episode should not pay for the room of a late one.
 
     Args:
         config: What the model was built from.
@@ -113,11 +144,12 @@ class ModelPolicy:
     ):
         if action_selection not in get_args(ActionSelection):
             raise ValueError(f"action_selection must be mode or sample, got {action_selection!r}")
-        self._parameters = parameters
+        self._trained_parameters, self._parameters = parameters, None
         self._key = jax.random.key(seed) if action_selection == "sample" else None
         self._decisions = 0
         self._steps = compiled_steps(config)
         self._memory: Memory = None
+        self._slots, self._filled = 0, 0
         self._pending: ChainBatch | None = None
 
     @property
@@ -127,12 +159,17 @@ class ModelPolicy:
 
     def begin(self, rows: int) -> None:
         """Forgets everything."""
+        if self._parameters is None:
+            self._parameters = self._steps.prepare(self._trained_parameters)
+        self._memory = None  # frees the last one before the next is made
         self._memory, self._pending = self._steps.begin(self._parameters, rows), None
+        self._slots, self._filled = min(FIRST_SLOTS, self._steps.context_slots), 0
 
     def act(self, now: ChainBatch) -> Float32[np.ndarray, "rows A"]:
         """Actions for one step."""
         chance = None if self._key is None else (self._key, np.uint32(self._decisions))
         self._decisions += 1
+        self._make_room()
         if self._pending is None:
             actions, self._memory = self._steps.act(self._parameters, self._memory, now, chance)
         else:
@@ -145,6 +182,13 @@ class ModelPolicy:
     def observe(self, now: ChainBatch) -> None:
         """Keeps the outcome for the next call of `act`."""
         self._pending = now
+
+    def _make_room(self) -> None:
+        """Doubles the memory if one more decision would not fit."""
+        self._filled += self._steps.decision_slots
+        if self._slots < self._filled <= self._steps.context_slots:
+            self._slots = min(2 * self._slots, self._steps.context_slots)
+            self._memory = self._steps.grow(self._memory, self._slots)
 
 
 class UniformPolicy:
