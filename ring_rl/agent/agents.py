@@ -111,7 +111,7 @@ def model_config(
         )
     return sequence_model_config(
         config,
-        episode_steps=max(*(each.length for each in episodes.trajectories), episode_steps or 1),
+        episode_steps=max(int(episodes.lengths.max()), episode_steps or 1),
         observation_dim=episodes.observation_dim,
         action_dim=episodes.action_dim,
         normalisation=normalisation,
