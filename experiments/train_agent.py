@@ -8,7 +8,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from ring_rl.agent.agents import AgentConfig
-from ring_rl.agent.episodes.load import AnyDataConfig, environment_of, load_episodes
+from ring_rl.agent.episodes.load import DATA_MAY_DIFFER, AnyDataConfig, environment_of, load_episodes
 from ring_rl.agent.training_task import BatchConfig, make_task
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
@@ -101,7 +101,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
             wandb=config.wandb,
         ),
         resolved=resolved,
-        may_differ=(*MAY_DIFFER, "data.root", *(f"agent.{path}" for path in task.memory_choices)),
+        may_differ=(*MAY_DIFFER, *DATA_MAY_DIFFER, *(f"agent.{path}" for path in task.memory_choices)),
         headline=f"{config.label} on {config.task}: {describe_mesh(parallel.mesh)}, {config.batch.layout} layout",
     )
     if finished is not None and is_main_process():

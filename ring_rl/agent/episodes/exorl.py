@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 
@@ -44,12 +44,14 @@ __all__ = [
     "read_episode",
     "read_episode_and_rewards",
     "read_episodes",
+    "recorded_length",
     "reward_columns",
     "select_best_fraction",
     "spaced_evenly",
     "write_episode",
 ]
 
+_T = TypeVar("_T")
 # episode_000000_1000.npz as published; 20220131T120000_0_1000.npz as URLB's recorder names them.
 _EPISODE_NAME = re.compile(r"(?:episode|\d{8}T\d{6})_(\d+)_(\d+)\.npz")
 
@@ -99,6 +101,14 @@ def read_episode_and_rewards(path: Path) -> tuple[Trajectory, Float32[np.ndarray
         raise ValueError(f"{path}: {problem}") from None
 
 
+def recorded_length(path: Path) -> int:
+    """The number of transitions that an episode file's name says."""
+    try:
+        return _index_and_length(path)[1]
+    except _EpisodeError as problem:
+        raise ValueError(f"{path}: {problem}") from None
+
+
 def reward_columns(path: Path) -> int:
     """How many rewards an episode file holds, one a task; raises as `read_episode`."""
     try:
@@ -129,7 +139,7 @@ class EpisodeFiles(Sequence[Trajectory]):
         return read_episode(self._paths[index], reward_column=self._reward_column, physics=self._physics)
 
 
-def spaced_evenly(paths: Sequence[Path], count: int | None) -> tuple[Path, ...]:
+def spaced_evenly(episodes: Sequence[_T], count: int | None) -> tuple[_T, ...]:
     """At most `count` of them, evenly spaced over the recording; all for None.
 
     An explorer changes while it records, and the first ones alone would misrepresent it.
@@ -138,11 +148,11 @@ def spaced_evenly(paths: Sequence[Path], count: int | None) -> tuple[Path, ...]:
         ValueError: a count below 1.
     """
     if count is None:
-        return tuple(paths)
+        return tuple(episodes)
     if count < 1:
         raise ValueError(f"max_episodes must be at least 1, got {count}; use null to read all")
-    kept = min(count, len(paths))
-    return tuple(paths[index * len(paths) // kept] for index in range(kept))
+    kept = min(count, len(episodes))
+    return tuple(episodes[index * len(episodes) // kept] for index in range(kept))
 
 
 def read_episodes(

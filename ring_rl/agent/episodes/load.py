@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,11 +21,17 @@ from ring_rl.agent.episodes.exorl import (
 )
 from ring_rl.agent.episodes.minari_read import MinariDataConfig, MinariSet
 from ring_rl.agent.episodes.relabel_cache import RelabelConfig, relabelled_rewards
+from ring_rl.agent.episodes.store import EpisodeStore
+from ring_rl.agent.episodes.store_write import make_store, open_store
 from ring_rl.agent.episodes.trajectory import merge_held_actions
 from ring_rl.agent.tokens import Normalisation
-from ring_rl.typing import Float32
+from ring_rl.typing import Float32, Int
 
 Rewards = Literal["auto", "stored", "relabelled"]
+StoreChoice = Literal["auto", "always", "never"]
+
+# Dotted paths of an entry point's configuration that change where episodes lie and how they are read, not what is read.
+DATA_MAY_DIFFER = ("data.root", "data.store", "data.store_from_megabytes", "data.relabel")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,10 @@ class DataConfig:
             and relabels where they are another's or nobody says whose.
         reward_column: Which of several stored rewards is this task's; null finds out.
         relabel: How rewards are recomputed.
+        store: Read episodes one by one from flat files beside the data (`ring_rl.agent.episodes.store`), made on first
+            use: "always", "never" (all are read into memory), or "auto" where they are there already or the data
+            are large.
+        store_from_megabytes: What "auto" calls large, in the episode files' size on disk.
     """
 
     name: Literal["exorl"]
@@ -54,8 +65,12 @@ class DataConfig:
     rewards: Rewards
     reward_column: int | None
     relabel: RelabelConfig
+    store: StoreChoice
+    store_from_megabytes: float
 
     def __post_init__(self) -> None:
+        if self.store_from_megabytes < 0:
+            raise ValueError(f"store_from_megabytes must be at least 0, got {self.store_from_megabytes}")
         if self.rewards == "relabelled" and self.reward_column is not None:
             raise ValueError("reward_column chooses a stored reward; set it to null or rewards=stored")
 
@@ -109,10 +124,13 @@ def load_episodes(config: AnyDataConfig, *, task: str, progress: bool, physics: 
         opened = MinariSet(config)
         opened.check_task(task)
         return opened.episodes(progress=progress)
-    recording = _find_recording(config, task)
+    recording = _find_recording(config, task, progress=progress)
     rewards = None
     if config.rewards == "relabelled" or (config.rewards == "auto" and recording.task != task):
         rewards = _relabelled(recording, config, task=task, progress=progress)
+    if recording.store is not None and not physics:
+        own = recording.column if rewards is None else rewards
+        return recording.store.episodes(recording.indices, own, action_repeat=config.action_repeat)
     episodes = read_episodes(
         recording.folder / "buffer",
         max_episodes=config.max_episodes,
@@ -133,7 +151,7 @@ def load_rewards(config: DataConfig, *, task: str, progress: bool) -> list[Float
     Raises:
         FileNotFoundError, ImportError, ValueError: as `load_episodes`.
     """
-    return _relabelled(_find_recording(config, task), config, task=task, progress=progress)
+    return _relabelled(_find_recording(config, task, progress=progress), config, task=task, progress=progress)
 
 
 def normalisation_of(episodes: EpisodeSet) -> Normalisation:
@@ -148,15 +166,26 @@ def normalisation_of(episodes: EpisodeSet) -> Normalisation:
 
 @dataclasses.dataclass(frozen=True)
 class _Recording:
-    """Files on disk, the column of their rewards to read, and for which task these were paid, if that is known."""
+    """Where episodes lie, and whose rewards they carry.
+
+    Attributes:
+        folder: The data set's.
+        paths: Of the episodes wanted.
+        store: That holds them all, if there is one.
+        indices: Of those wanted, in the store.
+        column: Of the stored rewards, to read.
+        task: For which these were paid, if that is known.
+    """
 
     folder: Path
     paths: tuple[Path, ...]
+    store: EpisodeStore | None
+    indices: Int[np.ndarray, " n"]
     column: int
     task: str | None
 
 
-def _find_recording(config: DataConfig, task: str) -> _Recording:
+def _find_recording(config: DataConfig, task: str, *, progress: bool) -> _Recording:
     domain, _ = parse_task(task)
     folder = config.root / domain / config.algorithm
     if not (folder / "buffer").is_dir():
@@ -164,11 +193,14 @@ def _find_recording(config: DataConfig, task: str) -> _Recording:
             f"no data set at {folder}; collect one with `python datasets/exorl/collect.py task={task}`, fetch a "
             f"published one with `python datasets/exorl/fetch.py {domain} rnd`, or set data.root and data.algorithm"
         )
-    paths = spaced_evenly(list_episodes(folder / "buffer"), config.max_episodes)
+    every_path = list_episodes(folder / "buffer")
+    indices = np.array(spaced_evenly(range(len(every_path)), config.max_episodes))
+    paths = tuple(every_path[index] for index in indices)
+    store = _open_store(config, folder, every_path, progress=progress)
     tasks = tuple(f"{domain}_{name}" for name in DOMAINS[domain].tasks)
     if config.reward_column is not None:
-        return _Recording(folder, paths, config.reward_column, task)
-    columns = reward_columns(paths[0])
+        return _Recording(folder, paths, store, indices, config.reward_column, task)
+    columns = reward_columns(paths[0]) if store is None else store.reward_columns
     if columns == 1:
         column, recorded = 0, _recorded_task(folder)
     elif columns == len(tasks):
@@ -183,16 +215,28 @@ def _find_recording(config: DataConfig, task: str) -> _Recording:
             f"{folder} holds the rewards of {recorded}, not of {task}; set task={recorded}, data.rewards=auto to "
             "relabel, or choose another data.algorithm"
         )
-    return _Recording(folder, paths, column, recorded)
+    return _Recording(folder, paths, store, indices, column, recorded)
+
+
+def _open_store(config: DataConfig, folder: Path, paths: Sequence[Path], *, progress: bool) -> EpisodeStore | None:
+    if config.store == "never":
+        return None
+    if config.store == "always":
+        return make_store(folder, progress=progress)
+    store = open_store(folder)
+    if store is None and sum(path.stat().st_size for path in paths) >= 1e6 * config.store_from_megabytes:
+        store = make_store(folder, progress=progress)
+    return store
 
 
 def _relabelled(
     recording: _Recording, config: DataConfig, *, task: str, progress: bool
 ) -> list[Float32[np.ndarray, " L"]]:
+    store = recording.store
     return relabelled_rewards(
         recording.folder,
         EpisodeFiles(recording.paths, reward_column=recording.column),
-        signatures(recording.paths),
+        signatures(recording.paths) if store is None else store.signatures[recording.indices],
         task=task,
         recorded_task=recording.task,
         config=config.relabel,

@@ -22,6 +22,8 @@ SETTINGS = DataConfig(
     rewards="auto",
     reward_column=None,
     relabel=RelabelConfig(threads=1, verify_episodes=1, tolerance=1e-6),
+    store="auto",
+    store_from_megabytes=1.0,
 )
 
 
