@@ -91,8 +91,7 @@ class ChainSampler:
 
     def __init__(self, episodes: EpisodeSet, chain: ChainConfig, batch: BatchLayout, *, seed: int):
         self._episodes, self._chain, self._seed = episodes, chain, seed
-        longest = max(trajectory.length for trajectory in episodes.trajectories)
-        self._steps = batch.padded_steps(chain.trajectories * longest)
+        self._steps = batch.padded_steps(chain.trajectories * int(episodes.lengths.max()))
         # Too few episodes for a chain must be known before anything is compiled.
         sample_chain(np.random.default_rng(0), episodes.returns, chain)
 
@@ -129,27 +128,30 @@ def chain_arrays(
         targets = [max(trajectory.episode_return for trajectory in trajectories)] * len(trajectories)
     else:
         targets = [target] * len(trajectories)
-    parts = [
-        _trajectory_arrays(
-            trajectory,
-            index=index,
-            target_return=target_return,
-            loss_weight=1.0 if loss_on == "all" or index == len(trajectories) - 1 else 0.0,
-        )
-        for index, (trajectory, target_return) in enumerate(zip(trajectories, targets, strict=True))
-    ]
-    chain = ChainBatch(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-    filled = len(chain.rewards)
+    filled = sum(trajectory.length for trajectory in trajectories)
     if filled > steps:
         raise ValueError(f"a chain of {filled} steps does not fit into {steps}")
-    padded = ChainBatch(*(_pad_end(x, steps) for x in chain))
-    return padded._replace(positions=np.arange(steps, dtype=np.int32))
+    first = trajectories[0]
+    chain = _zeros((steps,), observation_dim=first.observations.shape[1], action_dim=first.actions.shape[1])
+    begin = 0
+    for index, (trajectory, target_return) in enumerate(zip(trajectories, targets, strict=True)):
+        part = ChainBatch(*(column[begin : begin + trajectory.length] for column in chain))
+        _fill(part, trajectory, target_return)
+        part.trajectory_indices[:] = index
+        part.loss_weights[:] = loss_on == "all" or index == len(trajectories) - 1
+        begin += trajectory.length
+    chain.positions[:] = np.arange(steps, dtype=np.int32)
+    return chain
 
 
 def empty_batch(*, batch_size: int, steps: int, observation_dim: int, action_dim: int) -> ChainBatch:
     """A batch of the right shapes and dtypes that holds nothing: weights of zero."""
-    real = lambda *shape: np.zeros((batch_size, steps, *shape), np.float32)  # noqa: E731
-    count = np.zeros((batch_size, steps), np.int32)
+    return _zeros((batch_size, steps), observation_dim=observation_dim, action_dim=action_dim)
+
+
+def _zeros(shape: tuple[int, ...], *, observation_dim: int, action_dim: int) -> ChainBatch:
+    real = lambda *columns: np.zeros((*shape, *columns), np.float32)  # noqa: E731
+    count = lambda: np.zeros(shape, np.int32)  # noqa: E731
     return ChainBatch(
         observations=real(observation_dim),
         actions=real(action_dim),
@@ -158,38 +160,22 @@ def empty_batch(*, batch_size: int, steps: int, observation_dim: int, action_dim
         completions=real(),
         previous_actions=real(action_dim),
         previous_rewards=real(),
-        steps=count,
-        trajectory_indices=count,
-        positions=count,
+        steps=count(),
+        trajectory_indices=count(),
+        positions=count(),
         loss_weights=real(),
     )
 
 
-def _trajectory_arrays(trajectory: Trajectory, *, index: int, target_return: float, loss_weight: float) -> ChainBatch:
-    L = trajectory.length
-    rewards = trajectory.rewards
-    collected = np.cumsum(rewards, dtype=np.float64)
-    completions = np.zeros(L, np.float32)
-    completions[-1] = trajectory.episode_return >= target_return
-    return ChainBatch(
-        observations=trajectory.observations[:-1],
-        actions=trajectory.actions,
-        rewards=rewards,
-        returns_to_go=(target_return - _shift(collected)).astype(np.float32),
-        completions=completions,
-        previous_actions=_shift(trajectory.actions),
-        previous_rewards=_shift(rewards),
-        steps=np.arange(L, dtype=np.int32),
-        trajectory_indices=np.full(L, index, np.int32),
-        positions=np.arange(L, dtype=np.int32),  # replaced once the chain is whole
-        loss_weights=np.full(L, loss_weight, np.float32),
-    )
-
-
-def _shift(x: np.ndarray) -> np.ndarray:
-    """x one step later, zero at the start."""
-    return np.concatenate([np.zeros_like(x[:1]), x[:-1]])
-
-
-def _pad_end(x: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(x, [(0, length - len(x))] + [(0, 0)] * (x.ndim - 1))
+def _fill(part: ChainBatch, trajectory: Trajectory, target_return: float) -> None:
+    """Writes what one trajectory says into its part of a chain, which holds zeros."""
+    collected = np.cumsum(trajectory.rewards[:-1], dtype=np.float64)
+    part.observations[:] = trajectory.observations[:-1]
+    part.actions[:] = trajectory.actions
+    part.rewards[:] = trajectory.rewards
+    part.returns_to_go[0] = target_return
+    part.returns_to_go[1:] = target_return - collected
+    part.completions[-1] = trajectory.episode_return >= target_return
+    part.previous_actions[1:] = trajectory.actions[:-1]
+    part.previous_rewards[1:] = trajectory.rewards[:-1]
+    part.steps[:] = np.arange(trajectory.length)

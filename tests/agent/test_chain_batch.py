@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ring_rl.agent.chain_batch import BatchLayout, ChainBatch, ChainSampler, chain_arrays, empty_batch
 from ring_rl.agent.hindsight import ChainConfig
@@ -109,3 +111,40 @@ def test_empty_batch_has_the_shapes_of_a_real_one(chains):
     empty = empty_batch(batch_size=2, steps=30, observation_dim=3, action_dim=2)
     for a, b in zip(real, empty, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    padding=st.integers(0, 3),
+    loss_on=st.sampled_from(["all", "last"]),
+    target=st.sampled_from(["chain_maximum", "own_return", 2.5]),
+)
+def test_every_step_says_what_the_picture_says(chains, lengths, padding, loss_on, target):
+    """Step by step, as the docstring of `ChainBatch` draws it."""
+    generator = np.random.default_rng(len(lengths))
+    trajectories = [chains.trajectory(generator, length) for length in lengths]
+    chain = chain_arrays(trajectories, steps=sum(lengths) + padding, loss_on=loss_on, target=target)
+    best = max(each.episode_return for each in trajectories)
+    at = 0
+    for index, each in enumerate(trajectories):
+        asked_for = {"chain_maximum": best, "own_return": each.episode_return}.get(target, target)
+        for t in range(each.length):
+            collected = sum(float(reward) for reward in each.rewards[:t])
+            last = t == each.length - 1
+            np.testing.assert_array_equal(chain.observations[at], each.observations[t])
+            np.testing.assert_array_equal(chain.actions[at], each.actions[t])
+            np.testing.assert_array_equal(chain.previous_actions[at], each.actions[t - 1] if t else 0)
+            assert chain.rewards[at] == each.rewards[t]
+            assert chain.previous_rewards[at] == (each.rewards[t - 1] if t else 0)
+            assert chain.returns_to_go[at] == np.float32(asked_for - collected)
+            assert chain.completions[at] == (last and each.episode_return >= asked_for)
+            assert (chain.steps[at], chain.trajectory_indices[at], chain.positions[at]) == (t, index, at)
+            assert chain.loss_weights[at] == (loss_on == "all" or index == len(lengths) - 1)
+            at += 1
+    assert all(not column[at:].any() for name, column in chain._asdict().items() if name != "positions")
+
+
+def test_a_chain_that_is_too_long_is_refused(chains):
+    trajectory = chains.trajectory(np.random.default_rng(0), 4)
+    with pytest.raises(ValueError, match="a chain of 8 steps does not fit into 7"):
+        chain_arrays([trajectory, trajectory], steps=7, loss_on="all", target="own_return")
