@@ -33,11 +33,11 @@ def pendulum(tmp_path_factory):
         generator = np.random.default_rng(0)
         for episode in range(8):
             observation, _ = collector.reset(seed=episode)
-            over = False
-            while not over:
+            over, left = False, STEPS - episode  # a reset before the end truncates: episodes of several lengths
+            while not over and left:
                 action = generator.uniform(-2, 2, 1) if episode % 2 else -observation[2:]
                 observation, _, terminated, truncated, _ = collector.step(np.clip(action, -2, 2).astype(np.float32))
-                over = terminated or truncated
+                over, left = terminated or truncated, left - 1
         collector.create_dataset("made/pendulum-v0", algorithm_name="random and braking")
         collector.close()
     return root

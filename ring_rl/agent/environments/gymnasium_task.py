@@ -152,10 +152,11 @@ def make_recorded_environment(recorded: RecordedEnvironment) -> FlatEnvironment:
     try:
         spec = recorded.environment_id if recorded.spec is None else EnvSpec.from_json(recorded.spec)
         environment = gymnasium.make(spec, max_episode_steps=limit)
-    except gymnasium.error.Error as error:
-        raise ValueError(
+    except (gymnasium.error.Error, ImportError) as error:
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(
             f"cannot make {recorded.environment_id} ({' '.join(str(error).split())}); install the package that "
-            "registers it"
+            "registers it, with what it needs"
         ) from error
     flat = FlatEnvironment(environment, recorded)
     flat.reset(seed=0)  # an observation that does not fit is known before any work

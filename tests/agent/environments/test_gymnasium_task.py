@@ -112,6 +112,12 @@ def test_an_environment_that_does_not_fit_the_data_is_refused(changes, message):
         make_recorded_environment(countdown(**changes))
 
 
+def test_what_an_environment_needs_and_lacks_is_named():
+    gymnasium.register("ring_rl_test/Lacking-v0", "a_package_that_nobody_has:Environment")
+    with pytest.raises(ImportError, match=r"cannot make ring_rl_test/Lacking-v0 .*a_package_that_nobody_has"):
+        make_recorded_environment(countdown(environment_id="ring_rl_test/Lacking-v0"))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_made_environment_passes_gymnasiums_own_check():
     from gymnasium.utils.env_checker import check_env
