@@ -299,3 +299,24 @@ def test_a_damaged_set_is_one_clear_line(chains):
     (folder / "data" / "metadata.json").write_text("{")
     with pytest.raises(ValueError, match="made/up-v0 cannot be opened"):
         MinariSet(config("made/up-v0"))
+
+
+def test_fetching_is_minaris_own_and_its_failure_one_clear_line(monkeypatch):
+    asked = []
+
+    def load_dataset(dataset_id, download):
+        asked.append((dataset_id, download))
+        raise ConnectionError("no route\nto the server")
+
+    monkeypatch.setattr(minari, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match="far/away-v0 cannot be opened: no route to the server"):
+        MinariSet(config("far/away-v0", download=True))
+    assert asked == [("far/away-v0", True)]
+
+
+@pytest.mark.parametrize(("max_episodes", "kept"), [(None, [0, 1, 2, 3, 4]), (2, [0, 2]), (9, [0, 1, 2, 3, 4])])
+def test_a_part_of_a_set_is_spaced_evenly(chains, max_episodes, kept):
+    episodes = chains.episode_set(5)
+    write(episodes)
+    part = MinariSet(config("made/up-v0", max_episodes=max_episodes)).episodes(progress=False)
+    np.testing.assert_array_equal(part.returns, episodes.returns[kept])
