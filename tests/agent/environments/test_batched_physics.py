@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
+from gymnasium.utils.seeding import np_random
 
 pytest.importorskip("dm_control", reason="physics needs the simulator: pip install 'ring_rl[simulator]'")
 
+from ring_rl.agent.environments import batched_physics
 from ring_rl.agent.environments.batched_physics import BatchedPhysics
 from ring_rl.agent.environments.domains import DOMAINS, parse_task, task_names
 from ring_rl.agent.environments.environment import make_environment, rewards_of_states
@@ -35,24 +37,64 @@ def test_it_follows_a_plain_dm_control_loop(task):
             states = steps.physics[:, -1]
 
 
-def test_a_whole_cartpole_episode_agrees():
+def plain_episode(task, seed, actions, hold):
+    """States and rewards of dm_control's own loop."""
+    environment = make_environment(task, action_repeat=1)
+    _, info = environment.reset(seed=seed)
+    states, rewards = [], []
+    for action in actions.repeat(hold, axis=0):
+        _, reward, _, _, info = environment.step(action)
+        states.append(info["physics"])
+        rewards.append(reward)
+    return np.array(states), np.array(rewards)
+
+
+@pytest.mark.parametrize("task", ["cartpole_swingup", "cheetah_run"])
+def test_a_whole_episode_is_dm_controls_in_one_call_and_in_many(task, monkeypatch):
+    """In one call it is cut into pieces that the simulator's records fit in; none of them may be felt."""
+    monkeypatch.setattr(batched_physics, "_CHUNK_VALUES", 2**14)
     rng = np.random.default_rng(1)
-    environment = make_environment("cartpole_swingup", action_repeat=4)
-    environment.reset(seed=0)
-    with BatchedPhysics("cartpole_swingup", threads=1) as physics:
-        _, states = physics.reset([0])
-        batched_return = plain_return = 0.0
-        for _ in range(environment.episode_steps):
-            action = random_actions(rng, physics, 1)
-            steps = physics.step(states, action, action_hold=4)
-            states = steps.physics[:, -1]
-            batched_return += steps.rewards.sum()
-            _, reward, _, truncated, info = environment.step(action[0])
-            plain_return += reward
-    assert truncated
-    # Hits against the ends of the rail go through the contact solver, and the pendulum amplifies them.
-    np.testing.assert_allclose(states[0], info["physics"], atol=1e-3)
-    assert batched_return == pytest.approx(plain_return, abs=1e-3)
+    with BatchedPhysics(task, threads=2) as physics:
+        start = physics.start([8, 9])
+        actions = np.stack([random_actions(rng, physics, 2) for _ in range(100)], axis=1)
+        played = physics.play(start.physics, actions, action_hold=10, warm_starts=start.warm_starts)
+        states, warm_starts, rewards = start.physics, start.warm_starts, []
+        for decision in range(100):
+            steps = physics.step(states, actions[:, decision], action_hold=10, warm_starts=warm_starts)
+            states, warm_starts = steps.physics[:, -1], steps.warm_starts
+            rewards.append(steps.rewards)
+    wanted_states, wanted_rewards = plain_episode(task, 9, actions[1], hold=10)
+    np.testing.assert_array_equal(played.physics[1], wanted_states)
+    np.testing.assert_allclose(played.rewards[1], wanted_rewards, atol=1e-9)
+    np.testing.assert_array_equal(states, played.physics[:, -1])
+    np.testing.assert_array_equal(warm_starts, played.warm_starts)
+    np.testing.assert_allclose(np.concatenate(rewards, axis=1), played.rewards, atol=1e-9)
+
+
+def test_a_cold_start_of_the_contact_solver_is_felt():
+    """What warm starts are handed on for: without them a body in contact leaves dm_control's path."""
+    rng = np.random.default_rng(1)
+    with BatchedPhysics("walker_walk", threads=1) as physics:
+        start = physics.start([0])
+        warm, cold, warm_starts = start.physics, start.physics, start.warm_starts
+        for _ in range(15):
+            actions = random_actions(rng, physics, 1)
+            steps = physics.step(warm, actions, action_hold=10, warm_starts=warm_starts)
+            warm, warm_starts = steps.physics[:, -1], steps.warm_starts
+            cold = physics.step(cold, actions, action_hold=10).physics[:, -1]
+    assert 0 < np.abs(warm - cold).max() < 0.1
+
+
+def test_a_start_continues_the_stream_of_a_generator():
+    environment = make_environment("walker_walk", action_repeat=1)
+    environment.reset(seed=3)
+    observation, info = environment.reset()
+    generator = np_random(3)[0]
+    with BatchedPhysics("walker_walk", threads=1) as physics:
+        physics.start([generator])
+        again = physics.start([generator])
+    np.testing.assert_array_equal(again.observations[0], observation)
+    np.testing.assert_array_equal(again.physics[0], info["physics"])
 
 
 @pytest.mark.parametrize("task", ["walker_run", "cheetah_run", "quadruped_walk", "cartpole_swingup"])
@@ -118,5 +160,13 @@ def test_bad_input_is_refused():
             physics.step(states, np.array([[0], [np.nan]], np.float32), action_hold=1)
         with pytest.raises(ValueError, match="action_hold must be at least 1"):
             physics.step(states, actions, action_hold=0)
+        with pytest.raises(ValueError, match=r"actions of cartpole_swingup must have shape \(2, 1, 1\), got \(2, 1\)"):
+            physics.play(states, actions, action_hold=1)
+        with pytest.raises(
+            ValueError, match=r"actions of cartpole_swingup must have shape \(2, 1, 1\), got \(2, 0, 1\)"
+        ):
+            physics.play(states, actions[:, None][:, :0], action_hold=1)
+        with pytest.raises(ValueError, match=r"warm_starts of cartpole_swingup must have shape \(2, 2\)"):
+            physics.step(states, actions, action_hold=1, warm_starts=np.zeros((1, 2)))
     with pytest.raises(RuntimeError, match="closed"):
         physics.step(states, actions, action_hold=1)

@@ -4,6 +4,7 @@ import pytest
 from flax import nnx
 
 from ring_rl.agent.chain_batch import ChainBatch, empty_batch
+from ring_rl.agent.evaluation import policy as policy_module
 from ring_rl.agent.evaluation.policy import ModelPolicy
 from ring_rl.agent.model import BehaviourCloningConfig, make_model
 
@@ -62,3 +63,31 @@ def test_modes_are_the_models_own_and_no_chance_is_in_them(model):
 def test_another_selection_is_refused(model):
     with pytest.raises(ValueError, match="action_selection must be mode or sample, got 'greedy'"):
         ModelPolicy(*model, action_selection="greedy")
+
+
+def test_a_memory_that_grows_acts_as_one_with_room_from_the_start(chains, monkeypatch):
+    """From 12 slots to the whole context, in which the last decision has just its place."""
+    config = chains.sequence_config("return_state_action_reward", trajectories=2, episode_steps=6)
+    parameters = nnx.split(make_model(config, nnx.Rngs(0)))[1]
+    columns = empty_batch(batch_size=2, steps=12, observation_dim=3, action_dim=2)
+    observations = np.random.default_rng(0).normal(size=(2, 12, 3)).astype(np.float32)
+    steps = ChainBatch(*columns)._replace(observations=observations)
+
+    def actions(first_slots):
+        monkeypatch.setattr(policy_module, "FIRST_SLOTS", first_slots)
+        policy_module.compiled_steps.cache_clear()
+        policy, taken, capacities = ModelPolicy(config, parameters), [], []
+        for _ in range(2):  # a second context starts small again
+            policy.begin(2)
+            for step in range(12):
+                now = ChainBatch(*(column[:, step : step + 1] for column in steps))
+                taken.append(policy.act(now))
+                policy.observe(now._replace(actions=taken[-1][:, None]))
+                capacities.append(policy._memory.capacity)
+        policy_module.compiled_steps.cache_clear()
+        return np.stack(taken), capacities
+
+    (grown, capacities), (whole, one_capacity) = actions(12), actions(1024)
+    assert set(one_capacity) == {48}
+    assert capacities == 2 * ([12] * 3 + [24] * 3 + [48] * 6)
+    np.testing.assert_allclose(grown, whole, atol=1e-6)
