@@ -1,7 +1,7 @@
 """Batches of chains as arrays: one row a chain, one column an environment step."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from ring_rl.agent.episodes.exorl import EpisodeSet
 from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.agent.hindsight import ChainConfig, LossOn, Target, sample_chain
 from ring_rl.kernels.layout import Layout, check_length, padded_length
-from ring_rl.typing import Float32, Int32
+from ring_rl.typing import Float32, Float64, Int32
 
 # numpy's where a batch is made, jax's where it is read.
 _AnyArray = Any
@@ -104,8 +104,15 @@ class ChainSampler:
         """Chain `index` without a batch axis, in natural order, padded to `steps`."""
         generator = np.random.default_rng([self._seed, index])
         chosen = sample_chain(generator, self._episodes.returns, self._chain)
-        trajectories = [self._episodes.trajectories[i] for i in chosen]
-        return chain_arrays(trajectories, steps=self._steps, loss_on=self._chain.loss_on, target=self._chain.target)
+        return _chain(
+            # One at a time: a chain is as large as all of its trajectories.
+            (self._episodes.trajectories[i] for i in chosen),
+            returns=self._episodes.returns[chosen],
+            steps=self._steps,
+            loss_on=self._chain.loss_on,
+            target=self._chain.target,
+            dimensions=(self._episodes.observation_dim, self._episodes.action_dim),
+        )
 
 
 def chain_arrays(
@@ -122,23 +129,40 @@ def chain_arrays(
     Raises:
         ValueError: The trajectories are longer than `steps` together.
     """
-    if target == "own_return":
-        targets = [trajectory.episode_return for trajectory in trajectories]
-    elif target == "chain_maximum":
-        targets = [max(trajectory.episode_return for trajectory in trajectories)] * len(trajectories)
-    else:
-        targets = [target] * len(trajectories)
     filled = sum(trajectory.length for trajectory in trajectories)
     if filled > steps:
         raise ValueError(f"a chain of {filled} steps does not fit into {steps}")
-    first = trajectories[0]
-    chain = _zeros((steps,), observation_dim=first.observations.shape[1], action_dim=first.actions.shape[1])
+    return _chain(
+        trajectories,
+        returns=np.array([trajectory.episode_return for trajectory in trajectories]),
+        steps=steps,
+        loss_on=loss_on,
+        target=target,
+        dimensions=(trajectories[0].observations.shape[1], trajectories[0].actions.shape[1]),
+    )
+
+
+def _chain(
+    trajectories: Iterable[Trajectory],
+    *,
+    returns: Float64[np.ndarray, " N"],
+    steps: int,
+    loss_on: LossOn,
+    target: Target | float,
+    dimensions: tuple[int, int],
+) -> ChainBatch:
+    if target == "own_return":
+        targets = returns
+    else:
+        targets = np.full(len(returns), returns.max() if target == "chain_maximum" else target)
+    chain = _zeros((steps,), observation_dim=dimensions[0], action_dim=dimensions[1])
     begin = 0
-    for index, (trajectory, target_return) in enumerate(zip(trajectories, targets, strict=True)):
+    for index, trajectory in enumerate(trajectories):
         part = ChainBatch(*(column[begin : begin + trajectory.length] for column in chain))
-        _fill(part, trajectory, target_return)
+        _fill(part, trajectory, float(targets[index]))
+        part.completions[-1] = returns[index] >= targets[index]
         part.trajectory_indices[:] = index
-        part.loss_weights[:] = loss_on == "all" or index == len(trajectories) - 1
+        part.loss_weights[:] = loss_on == "all" or index == len(returns) - 1
         begin += trajectory.length
     chain.positions[:] = np.arange(steps, dtype=np.int32)
     return chain
@@ -175,7 +199,6 @@ def _fill(part: ChainBatch, trajectory: Trajectory, target_return: float) -> Non
     part.rewards[:] = trajectory.rewards
     part.returns_to_go[0] = target_return
     part.returns_to_go[1:] = target_return - collected
-    part.completions[-1] = trajectory.episode_return >= target_return
     part.previous_actions[1:] = trajectory.actions[:-1]
     part.previous_rewards[1:] = trajectory.rewards[:-1]
     part.steps[:] = np.arange(trajectory.length)

@@ -49,6 +49,7 @@ def data_root(tmp_path_factory):
     root = tmp_path_factory.mktemp("exorl")
     buffer = root / "cartpole" / "policy_search_cartpole_swingup" / "buffer"
     buffer.mkdir(parents=True)
+    (buffer.parent / "collection.json").write_text('{"settings": {"task": "cartpole_swingup"}}')
     generator = np.random.default_rng(0)
     for index in range(12):
         write_episode(buffer, index, held_noise_episode(generator))
