@@ -82,7 +82,16 @@ class Attention(nnx.Module):
         cache = cache.write(k, v, positions[0, 0])
         # A few tokens read the cache in one product, whose memory is small: tile by tile costs several times as much.
         tile_size = cache.k.shape[2] if x.shape[1] <= FEW_TOKENS else DEFAULT_TILE_SIZE
-        out = decode_attention(q, cache.k, cache.v, length=positions[0, 0], mask=self.mask, tile_size=tile_size)
+        out = decode_attention(
+            q,
+            cache.k,
+            cache.v,
+            length=positions[0, 0],
+            mask=self.mask,
+            axis_name=cache.axis_name,
+            slot_block=cache.slot_block,
+            tile_size=tile_size,
+        )
         return self._merge_heads(out), cache
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:

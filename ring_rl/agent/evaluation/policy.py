@@ -8,11 +8,15 @@ from typing import Any, Literal, Protocol, get_args
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ring_rl.agent.chain_batch import ChainBatch
 from ring_rl.agent.model import AgenticTransformer, AgentModel, Memory, ModelConfig, SequenceModelConfig, make_model
 from ring_rl.agent.tokens import tokens_per_step
+from ring_rl.kernels.decode import DEFAULT_SLOT_BLOCK
 from ring_rl.nn.kv_cache import KVCache
+from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.typing import Array, Float32, PRNGKeyArray, PyTree, Shaped
 
 ActionSelection = Literal["mode", "sample"]
@@ -50,10 +54,11 @@ class CompiledSteps:
     Attributes:
         context_trajectories: Episodes that a memory holds.
         decision_slots: Cache slots that one decision fills; 0 without a cache.
-        context_slots: Cache slots of a whole context.
+        context_slots: Cache slots of a whole context, on all devices together.
+        first_slots: Those that a memory begins with.
         prepare: parameters as trained -> parameters as the steps below take them.
-        begin: (parameters, rows) -> an empty memory, its cache of `FIRST_SLOTS` at most.
-        grow: (memory, capacity) -> the same memory with room for more.
+        begin: (parameters, rows) -> an empty memory.
+        grow: (memory, slots) -> the same memory with room for more.
         act: (parameters, memory, now, chance) -> (actions, memory).
         observe_and_act: (parameters, memory, past, now, chance) -> (actions, memory).
 
@@ -64,6 +69,7 @@ class CompiledSteps:
     context_trajectories: int
     decision_slots: int
     context_slots: int
+    first_slots: int
     prepare: Callable[..., Any]
     begin: Callable[..., Any]
     grow: Callable[..., Any]
@@ -72,20 +78,34 @@ class CompiledSteps:
 
 
 @functools.lru_cache(maxsize=32)
-def compiled_steps(config: ModelConfig) -> CompiledSteps:
-    """The jitted steps of a model; agents that differ in parameters only, such as training seeds, share them."""
+def compiled_steps(config: ModelConfig, parallel: SequenceParallel | None) -> CompiledSteps:
+    """The jitted steps of a model; agents that differ in parameters only, such as training seeds, share them.
+
+    With `parallel` the devices of its sequence axis share the slots of the cache. Each has all the weights and acts in
+    all rows; what travels is one output a layer and new token.
+    """
     trained = nnx.eval_shape(lambda: make_model(config, nnx.Rngs(0)))
     acting = nnx.eval_shape(lambda: _unstacked(make_model(config, nnx.Rngs(0))))
     trained_graphdef, graphdef = nnx.split(trained)[0], nnx.split(acting)[0]
     whole_memory = jax.eval_shape(lambda: trained.begin(batch=1))
-    context_slots = whole_memory.capacity if isinstance(whole_memory, KVCache) else 0
+    slots = whole_memory.capacity if isinstance(whole_memory, KVCache) else 0
+    devices = parallel.sequence_devices if parallel is not None and slots else 1
+    axis_name = parallel.sequence_axis if parallel is not None and devices > 1 else None
+    # A context of few slots is dealt out in small blocks, so that every device holds a part of it.
+    slot_block = min(DEFAULT_SLOT_BLOCK, -(-slots // devices)) or 1
+    whole_blocks = lambda count: -(-count // (devices * slot_block)) * devices * slot_block  # noqa: E731
 
     def prepare(parameters: PyTree) -> PyTree:
         return nnx.split(_unstacked(nnx.merge(trained_graphdef, parameters)))[1]
 
     def begin(parameters: PyTree, rows: int) -> Memory:
-        memory = nnx.merge(graphdef, parameters).begin(batch=rows)
-        return memory.resized(min(FIRST_SLOTS, context_slots)) if isinstance(memory, KVCache) else memory
+        if not slots:
+            return nnx.merge(graphdef, parameters).begin(batch=rows)
+        like: Any = jax.eval_shape(lambda: trained.begin(batch=rows))
+        return like.emptied(capacity=first_slots // devices, axis_name=axis_name, slot_block=slot_block)
+
+    def grow(memory: Memory, slots: int) -> Memory:
+        return memory.resized(slots // devices)
 
     def act(parameters: PyTree, memory: Memory, now: ChainBatch, chance: Chance) -> tuple[Array, Memory]:
         model: Any = nnx.merge(graphdef, parameters)
@@ -97,16 +117,41 @@ def compiled_steps(config: ModelConfig) -> CompiledSteps:
         model: Any = nnx.merge(graphdef, parameters)
         return model.observe_and_act(memory, past, now, _row_keys(chance, len(now.steps)))
 
+    def on_mesh(step: Callable[..., Any], inputs: str, outputs: str) -> Callable[..., Any]:
+        """`step` on every device; "m" is a memory, whose slots are shared, "=" what all have alike."""
+        if parallel is None or axis_name is None:
+            return step
+        specs = {"=": P(), "m": KVCache(layers=P(None, None, axis_name), length=P())}  # pyright: ignore[reportArgumentType]
+        given, returned = [specs[each] for each in inputs], [specs[each] for each in outputs]
+        return jax.shard_map(
+            step,
+            mesh=parallel.mesh,
+            in_specs=tuple(given),
+            out_specs=returned[0] if len(returned) == 1 else tuple(returned),
+        )
+
+    whole = slots if axis_name is None else whole_blocks(slots)
+    first_slots = min(FIRST_SLOTS if axis_name is None else whole_blocks(FIRST_SLOTS), whole)
+    everywhere = None if parallel is None or axis_name is None else NamedSharding(parallel.mesh, P())
+    compiled_prepare = jax.jit(prepare, out_shardings=everywhere)
     return CompiledSteps(
         context_trajectories=trained.context_trajectories,
         decision_slots=tokens_per_step(config.token_layout) if isinstance(config, SequenceModelConfig) else 0,
-        context_slots=context_slots,
-        prepare=jax.jit(prepare),
-        begin=jax.jit(begin, static_argnums=1),
-        grow=jax.jit(lambda memory, capacity: memory.resized(capacity), static_argnums=1),
+        context_slots=whole,
+        first_slots=first_slots,
+        prepare=lambda parameters: compiled_prepare(
+            parameters if everywhere is None else jax.device_put(parameters, everywhere)
+        ),
+        begin=jax.jit(
+            lambda parameters, rows: on_mesh(lambda parameters: begin(parameters, rows), "=", "m")(parameters),
+            static_argnums=1,
+        ),
+        grow=jax.jit(
+            lambda memory, slots: on_mesh(lambda memory: grow(memory, slots), "m", "m")(memory), static_argnums=1
+        ),
         # The memory is donated: a step writes a few slots in place instead of copying the whole cache.
-        act=jax.jit(act, donate_argnums=1),
-        observe_and_act=jax.jit(observe_and_act, donate_argnums=1),
+        act=jax.jit(on_mesh(act, "=m==", "=m"), donate_argnums=1),
+        observe_and_act=jax.jit(on_mesh(observe_and_act, "=m===", "=m"), donate_argnums=1),
     )
 
 
@@ -137,17 +182,25 @@ class ModelPolicy:
             A model that knows one action only, such as one trained with squared error, does the same in both.
         seed: Of the draws. A row's draws depend on the seed, its index and how many decisions this policy has
             made, through all episodes; not on how many other rows there are.
+        parallel: A mesh whose sequence axis shares the memory's slots, for contexts that one device cannot hold; None:
+            one device.
     """
 
     def __init__(
-        self, config: ModelConfig, parameters: PyTree, *, action_selection: ActionSelection = "mode", seed: int = 0
+        self,
+        config: ModelConfig,
+        parameters: PyTree,
+        *,
+        action_selection: ActionSelection = "mode",
+        seed: int = 0,
+        parallel: SequenceParallel | None = None,
     ):
         if action_selection not in get_args(ActionSelection):
             raise ValueError(f"action_selection must be mode or sample, got {action_selection!r}")
         self._trained_parameters, self._parameters = parameters, None
         self._key = jax.random.key(seed) if action_selection == "sample" else None
         self._decisions = 0
-        self._steps = compiled_steps(config)
+        self._steps = compiled_steps(config, parallel)
         self._memory: Memory = None
         self._slots, self._filled = 0, 0
         self._pending: ChainBatch | None = None
@@ -163,7 +216,7 @@ class ModelPolicy:
             self._parameters = self._steps.prepare(self._trained_parameters)
         self._memory = None  # frees the last one before the next is made
         self._memory, self._pending = self._steps.begin(self._parameters, rows), None
-        self._slots, self._filled = min(FIRST_SLOTS, self._steps.context_slots), 0
+        self._slots, self._filled = self._steps.first_slots, 0
 
     def act(self, now: ChainBatch) -> Float32[np.ndarray, "rows A"]:
         """Actions for one step."""

@@ -10,6 +10,7 @@ pytest.importorskip("dm_control", reason="rollouts need the simulator")
 
 from ring_rl.agent.chain_batch import ChainBatch, chain_arrays
 from ring_rl.agent.environments.environment import make_vector_environment
+from ring_rl.agent.evaluation import policy
 from ring_rl.agent.evaluation.policy import ModelPolicy, UniformPolicy, compiled_steps
 from ring_rl.agent.evaluation.rollout import Rollouts, reset_seeds, roll_out
 from ring_rl.agent.model import make_model
@@ -230,5 +231,29 @@ def test_training_seeds_of_one_agent_are_compiled_once(chains, environments):
         for each in (parameters, others)
     )
     assert not np.allclose(first.actions, second.actions)
-    steps = compiled_steps(config)
+    steps = compiled_steps(config, None)
     assert (steps.act._cache_size(), steps.observe_and_act._cache_size()) == (1, 1)
+
+
+@pytest.mark.parametrize("token_layout", ["fused", "return_state_action_reward"])
+def test_a_memory_shared_by_8_devices_acts_as_one_on_a_single_device(chains, environments, monkeypatch, token_layout):
+    """It grows on the way, and every device holds a part of it."""
+    monkeypatch.setattr(policy, "FIRST_SLOTS", 32)
+    monkeypatch.setattr(policy, "DEFAULT_SLOT_BLOCK", 4)
+    compiled_steps.cache_clear()
+    config, parameters = config_and_parameters(chains, token_layout)
+    parallel = SequenceParallel(mesh=make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=8)), layout="contiguous")
+    shared = ModelPolicy(config, parameters, parallel=parallel)
+    seeds = reset_seeds(rows=ROWS, episodes=EPISODES, seed=0)
+    alone, together = (
+        roll_out(each, environments, seeds=seeds, target_return=TARGET)
+        for each in (ModelPolicy(config, parameters), shared)
+    )
+    for row, other in zip(alone.trajectories, together.trajectories, strict=True):
+        for episode, same in zip(row, other, strict=True):
+            np.testing.assert_allclose(same.actions, episode.actions, atol=1e-5)
+    keys = shared._memory.layers[0].k
+    assert len(keys.sharding.device_set) == 8
+    assert all(np.abs(shard.data).max() > 0 for shard in keys.addressable_shards)
+    assert keys.addressable_shards[0].data.shape[2] * 8 == keys.shape[2] >= EPISODES * (1000 // REPEAT)
+    compiled_steps.cache_clear()
