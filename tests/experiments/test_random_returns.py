@@ -16,6 +16,7 @@ from ring_rl.agent.environments.domains import task_names
 from ring_rl.agent.environments.environment import make_environment
 
 REPOSITORY = Path(__file__).parents[2]
+RESULTS = REPOSITORY / "experiments" / "results" / "random_returns"
 
 pytestmark = pytest.mark.simulator
 
@@ -92,6 +93,18 @@ def test_an_interruption_keeps_the_tasks_that_were_complete(configured, monkeypa
     with pytest.raises(KeyboardInterrupt, match="holds the 1 tasks that were complete"):
         script.measure(config)
     assert "cheetah" not in (tmp_path / "returns" / "returns.csv").read_text()
+
+
+def test_the_committed_results_follow_from_their_episodes_and_agree_with_what_is_published(configured):
+    script, config = configured()
+    with (RESULTS / "returns.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    returns = {task: np.array([float(row["return"]) for row in rows if row["task"] == task]) for task in tasks_of(rows)}
+    assert list(returns) == list(config.tasks)
+    assert {len(of_task) for of_task in returns.values()} == {config.episodes}
+    assert (RESULTS / "table.md").read_text() == script.markdown_table(script.table_rows(config, returns))
+    for task in config.published:
+        assert abs(script.standard_errors_apart(config, task, returns[task])) < 2, task
 
 
 def test_every_task_is_measured(configured):
