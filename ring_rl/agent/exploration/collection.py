@@ -1,7 +1,9 @@
 """Fills a folder of the ExoRL layout with an explorer's episodes.
 
     <root>/<domain>/<algorithm>/collection.json    what was asked for, with which versions, and the returns
-                                returns.png        their histogram
+                                card.md            the returns on every task of the domain, once it is complete
+                                returns.png        their histograms
+                                relabelled/        rewards of the tasks that were not recorded
                                 explorer.npz       while it is being filled: what the explorer has learnt
                                 buffer/episode_000000_1000.npz ...
 
@@ -14,15 +16,12 @@ Needs the simulator: `pip install 'ring_rl[simulator]'`.
 
 from __future__ import annotations
 
-import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -36,6 +35,9 @@ from rich.progress import (
 from ring_rl.agent.environments.batched_physics import BatchedPhysics
 from ring_rl.agent.environments.domains import DOMAINS, parse_task
 from ring_rl.agent.episodes.exorl import EpisodeSet, read_episodes, write_episode
+from ring_rl.agent.episodes.relabel_cache import RelabelConfig
+from ring_rl.agent.exploration.card import card_facts, returns_of_every_task, write_card
+from ring_rl.agent.exploration.collection_record import claim_folder, recorded_indices, write_record
 from ring_rl.agent.exploration.explorer_state import load_explorer_state, save_explorer_state
 from ring_rl.agent.exploration.explorers import (
     Explorer,
@@ -47,9 +49,7 @@ from ring_rl.agent.exploration.explorers import (
 from ring_rl.agent.exploration.play import play_batch
 from ring_rl.agent.exploration.policy_search import PolicySearch, PolicySearchConfig
 from ring_rl.agent.exploration.rnd_explorer import RNDConfig, RNDExplorer
-from ring_rl.atomic_file import atomic_file
-from ring_rl.config import describe_differences, to_mapping
-from ring_rl.training.provenance import git_commit, versions
+from ring_rl.config import to_mapping
 
 __all__ = ["CollectionConfig", "ExplorerConfig", "collect", "make_explorer", "play_batch"]
 
@@ -151,14 +151,14 @@ def collect(config: CollectionConfig, *, progress: bool) -> EpisodeSet:
     """
     explorer = make_explorer(config)
     buffer = config.folder / "buffer"
-    seconds = _claim_folder(config, explorer)
-    missing = set(range(config.episodes)) - _recorded_indices(buffer)
+    seconds = claim_folder(config.folder, _settings(config), reward_free=explorer.reward_free)
+    missing = set(range(config.episodes)) - recorded_indices(buffer)
     start = time.monotonic()
     try:
         if missing:
             _fill(config, explorer, buffer, missing, progress=progress)
     except BaseException:
-        if _recorded_indices(buffer):
+        if recorded_indices(buffer):
             spent = seconds + time.monotonic() - start
             _summarise(config, explorer, buffer, seconds=spent, progress=progress)
         raise
@@ -226,9 +226,22 @@ def _resume(config: CollectionConfig, explorer: Explorer, missing: set[int]) -> 
 def _summarise(
     config: CollectionConfig, explorer: Explorer, buffer: Path, *, seconds: float, progress: bool
 ) -> EpisodeSet:
+    """Writes the record, and the card once the set is complete."""
     episodes = read_episodes(buffer, max_episodes=None, progress=progress)
-    _write_record(config, explorer, episodes, seconds=seconds)
-    _write_histogram(config, episodes)
+    record = write_record(
+        config.folder, _settings(config), reward_free=explorer.reward_free, episodes=episodes, seconds=seconds
+    )
+    if record["complete"]:
+        domain = parse_task(config.task)[0]
+        returns = returns_of_every_task(
+            config.folder,
+            domain=domain,
+            recorded_task=config.task,
+            # The states were recorded by this very simulator, so there is little to verify.
+            config=RelabelConfig(threads=config.threads, verify_episodes=1, tolerance=1e-6),
+            progress=progress,
+        )
+        write_card(config.folder, returns, title=f"{domain}/{config.algorithm}", facts=card_facts(record))
     return episodes
 
 
@@ -236,66 +249,3 @@ def _settings(config: CollectionConfig) -> dict[str, Any]:
     """What determines the episodes; the folder and the threads do not."""
     settings = to_mapping(config)
     return {key: settings[key] for key in ("task", "episodes", "seed", "explorer")}
-
-
-def _claim_folder(config: CollectionConfig, explorer: Explorer) -> float:
-    """Refuses a folder of another origin; writes down the settings before the first episode.
-
-    Returns the seconds that were spent on it so far.
-    """
-    record_path = config.folder / "collection.json"
-    remedy = "choose another folder with algorithm=..."
-    if record_path.exists():
-        try:
-            record = json.loads(record_path.read_text())
-            saved, seconds = record["settings"], float(record.get("seconds", 0.0))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{record_path} is no record of a collection ({error}); {remedy}") from None
-        differences = describe_differences(saved, _settings(config))
-        if differences:
-            raise ValueError(f"{config.folder} was collected otherwise ({'; '.join(differences)}); {remedy}")
-        (config.folder / "buffer").mkdir(exist_ok=True)
-        return seconds
-    if (config.folder / "buffer").is_dir() and any((config.folder / "buffer").iterdir()):
-        raise ValueError(f"{config.folder} holds files but no collection.json to say where from; {remedy}")
-    (config.folder / "buffer").mkdir(parents=True, exist_ok=True)
-    _write_record(config, explorer, None, seconds=0.0)
-    return 0.0
-
-
-def _recorded_indices(buffer: Path) -> set[int]:
-    return {int(path.name.split("_")[1]) for path in buffer.glob("episode_*_*.npz")}
-
-
-def _write_record(config: CollectionConfig, explorer: Explorer, episodes: EpisodeSet | None, *, seconds: float) -> None:
-    count = 0 if episodes is None else len(episodes.trajectories)
-    record = {
-        "settings": _settings(config),
-        "reward_free": explorer.reward_free,
-        "complete": count == config.episodes,
-        "episodes": count,
-        "seconds": round(seconds, 1),
-        "rewards_recorded": config.task,
-        "returns": None if episodes is None else dict(episodes.quantiles),
-        "versions": versions("ring_rl", "dm_control", "mujoco", "numpy"),
-        "git_commit": git_commit(),
-    }
-    _write_atomically(
-        config.folder / "collection.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n")
-    )
-
-
-def _write_histogram(config: CollectionConfig, episodes: EpisodeSet) -> None:
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.hist(episodes.returns, bins=min(50, max(10, len(episodes.returns) // 8)))
-    median, best = episodes.quantiles["median"], episodes.quantiles["max"]
-    axes.set_title(f"{config.task}, {config.algorithm}: median {median:.0f}, best {best:.0f}")
-    axes.set_xlabel("episode return")
-    axes.set_ylabel("episodes")
-    _write_atomically(config.folder / "returns.png", lambda path: figure.savefig(path, dpi=150))
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    with atomic_file(path, overwrite=True) as temporary:
-        write(temporary)

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -101,7 +102,7 @@ class Novelty:
         return NoveltyState(target, predictor, self._optimizer.init(predictor), moments)
 
     def errors(
-        self, predictor: PyTree[Array], target: PyTree[Array], observations_BO: Float[Array, "B O"]
+        self, predictor: PyTree[Array], target: PyTree[Array], observations_BO: Float[Array | np.ndarray, "B O"]
     ) -> Float[Array, " B"]:
         """How badly the predictor imitates the target; see the module."""
         clip = self._config.observation_clip
@@ -112,7 +113,7 @@ class Novelty:
         return jnp.square(predicted - jax.lax.stop_gradient(wanted)).mean(axis=-1)
 
     def update(
-        self, state: NoveltyState, observations_BO: Float[Array, "B O"]
+        self, state: NoveltyState, observations_BO: Float[Array | np.ndarray, "B O"]
     ) -> tuple[NoveltyState, Float[Array, " B"]]:
         """Trains the predictor on a batch, then rewards it."""
 
@@ -127,8 +128,9 @@ class Novelty:
         return NoveltyState(state.target, predictor, optimizer, moments), rewards_B
 
 
-def whiten(observations_BO: Float[Array, "B O"]) -> Float[Array, "B O"]:
+def whiten(observations_BO: Float[Array | np.ndarray, "B O"]) -> Float[Array, "B O"]:
     """Every column with mean 0 and deviation 1 over the batch: batch normalisation without learnt scales."""
+    observations_BO = jnp.asarray(observations_BO)
     mean_O = observations_BO.mean(axis=0)
     return (observations_BO - mean_O) * jax.lax.rsqrt(observations_BO.var(axis=0) + 1e-5)
 
