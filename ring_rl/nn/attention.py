@@ -56,7 +56,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T M"]:
         """Attention of this device's tokens, inside `jax.shard_map`; weights hold this device's heads."""
         q, k, v = self._project(x, positions)
-        axes = parallel.sequence_axes
+        dense = parallel.strategy == "dense"
+        axes = () if dense else parallel.sequence_axes
         out = attention(
             q,
             k,
@@ -64,7 +65,7 @@ class Attention(nnx.Module):
             axis_name=axes or None,
             mask=self.mask,
             layout=parallel.layout,
-            strategy=parallel.strategy if axes else "blockwise",
+            strategy=parallel.strategy if axes or dense else "blockwise",
             segment_ids=segment_ids,
             log_sum_exp_gradient=False,
             block_size=self.block_size,

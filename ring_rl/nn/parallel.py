@@ -12,8 +12,8 @@ from ring_rl.kernels.layout import Layout, check_length
 from ring_rl.kernels.strategies.ulysses import check_heads
 from ring_rl.typing import Array, Shaped
 
-SequenceStrategy = Literal["auto", "ring", "all_gather", "ulysses", "hybrid"]
-SEQUENCE_STRATEGIES: tuple[SequenceStrategy, ...] = ("auto", "ring", "all_gather", "ulysses", "hybrid")
+SequenceStrategy = Literal["auto", "ring", "all_gather", "ulysses", "hybrid", "dense"]
+SEQUENCE_STRATEGIES: tuple[SequenceStrategy, ...] = ("auto", "ring", "all_gather", "ulysses", "hybrid", "dense")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class SequenceParallel:
     Attributes:
         mesh: The devices.
         layout: The order in which token axes arrive, already permuted.
-        strategy: How shards of a sequence meet; see `ring_rl.kernels.attention`.
+        strategy: How shards of a sequence meet; see `ring_rl.kernels.attention`. "dense" is for sequences that are
+            whole on a device, whose scores it forms all at once: the yardstick, in O(T²) memory.
         ulysses_size: With strategy="hybrid": how many neighbours on `sequence_axis` swap tokens for heads, inside a
             ring of the groups of them. 1 otherwise.
         batch_axes: The mesh axes that batches are sharded over.
@@ -51,6 +52,11 @@ class SequenceParallel:
             raise ValueError(
                 f"ulysses_size={self.ulysses_size} does not divide {self.sequence_axis}={self.sequence_devices}; "
                 "choose a divisor"
+            )
+        if self.strategy == "dense" and self.sequence_devices > 1:
+            raise ValueError(
+                f"strategy='dense' needs each sequence whole on a device, got {self.sequence_axis}="
+                f"{self.sequence_devices}; set it to 1 and give its devices to dp or fsdp, or use strategy='ring'"
             )
         if self.ulysses_size > 1 and self.strategy != "hybrid":
             raise ValueError(

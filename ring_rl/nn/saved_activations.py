@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ring_rl.kernels.strategies.sharded import SAVED_NAMES as ATTENTION_NAMES
 from ring_rl.typing import Array
 
-SavedActivations = Literal["products", "attention", "none", "offload"]
+SavedActivations = Literal["all", "products", "attention", "none", "offload"]
 HOST_MEMORY = "pinned_host"
 _LAYER_INPUT = "layer_input"
 
@@ -18,6 +18,7 @@ _LAYER_INPUT = "layer_input"
 def rematerialised(layer: Callable[..., Any], saved_activations: SavedActivations) -> Callable[..., Any]:
     """`layer(x, ...)`, which keeps for backward only what the policy names.
 
+    all         whatever backward reads: nothing is done twice
     products    the layer's input, and the results of all matrix products and of attention: only elementwise work is
                 done twice, and weights are gathered twice
     attention   the layer's input, and attention's output and log-sum-exp: the ring does not run again
@@ -25,6 +26,8 @@ def rematerialised(layer: Callable[..., Any], saved_activations: SavedActivation
     offload     what "attention" keeps, in the host's memory: it travels there while forward goes on, and back
                 while backward does
     """
+    if saved_activations == "all":
+        return layer
     policies = jax.checkpoint_policies
     attention = policies.save_only_these_names(*ATTENTION_NAMES)
     if saved_activations == "products":

@@ -42,8 +42,8 @@ class TransformerConfig:
         rotary_base: Base of the rotary frequencies.
         attention_window: How many tokens back a token sees, itself included; None is all of them.
         attention_block_size: Largest edge of a tile of attention scores, in tokens.
-        saved_activations: What backward finds saved of a layer: "products", "attention", "none" or "offload",
-            as `ring_rl.nn.saved_activations` says.
+        saved_activations: What backward finds saved of a layer: "all", "products", "attention", "none" or
+            "offload", as `ring_rl.nn.saved_activations` says.
         compute_dtype: Of activations and matrix products. Parameters, softmax, norms, rotary angles and sums of
             gradients over devices are float32 whatever it is.
     """

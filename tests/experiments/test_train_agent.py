@@ -274,3 +274,15 @@ def test_nan_in_the_data_is_refused(call_script, refused, tmp_path):
     complaint = refused(call_script, "train_agent", f"data.root={tmp_path}", f"run_dir={tmp_path / 'run'}")
     assert "episode_000000_4.npz" in complaint
     assert "NaN" in complaint or "finite" in complaint
+
+
+def test_every_choice_of_attention_gives_the_same_curve(train, tmp_path):
+    """Chains whole on a device, all scores at once; and chains over the ring, block by block."""
+    for attention in ("vanilla", "ring"):
+        train(tmp_path / attention, f"attention={attention}", "batch.batch_size=8", "loop.steps=3")
+    np.testing.assert_allclose(losses(tmp_path / "ring"), losses(tmp_path / "vanilla"), rtol=1e-4)
+
+
+def test_attention_means_nothing_to_an_agent_without_a_transformer(train, refused, tmp_path):
+    complaint = refused(train, tmp_path, "agent=behaviour_cloning", "attention=ring", small=False)
+    assert "unknown key 'agent.transformer'" in complaint

@@ -51,6 +51,8 @@ def test_ulysses_asks_for_heads_that_its_devices_divide(transformers):
 def test_options_that_mean_nothing_are_refused(transformers):
     with pytest.raises(ValueError, match=r"unknown strategy 'tree'; choose one of auto, ring"):
         transformers.parallel(1, 1, 1, 2, strategy="tree")
+    with pytest.raises(ValueError, match=r"strategy='dense' needs each sequence whole .* got sp=2; set it to 1"):
+        transformers.parallel(1, 1, 1, 2, strategy="dense")
     with pytest.raises(ValueError, match=r"ulysses_size=2 means nothing to strategy='ring'; set it to 1"):
         transformers.parallel(1, 1, 1, 2, ulysses_size=2)
     with pytest.raises(ValueError, match=r"ulysses_size=3 does not divide sp=4; choose a divisor"):

@@ -45,13 +45,23 @@ def test_what_is_saved_is_what_the_policy_names(transformers, programs):
     config, tokens = transformers.config(), transformers.batch * transformers.tokens // 4
     attention_bytes = 4 * tokens * config.query_heads * (config.head_dim + 1)
     inputs_bytes = 4 * tokens * config.width
-    none, attention, everything = (temporary_bytes(programs(name)) for name in ("none", "attention", "products"))
+    none, attention, products, everything = (
+        temporary_bytes(programs(name)) for name in ("none", "attention", "products", "all")
+    )
     # The layer at work has its attention either way.
     assert attention - none == pytest.approx((LAYERS - 1) * attention_bytes, abs=attention_bytes / 2)
-    assert everything - attention > LAYERS * inputs_bytes
+    assert products - attention > LAYERS * inputs_bytes
+    assert everything - products > LAYERS * inputs_bytes
 
 
-@pytest.mark.parametrize("policy", ["attention", "none", "offload"])
+def test_all_does_nothing_twice(programs):
+    """Of a layer's forward products none is left in the backward loop."""
+    products = lambda program: len(re.findall(r"\bdot\(", program[0].as_text()))  # noqa: E731
+    assert hops(programs("all")) == hops(programs("products"))
+    assert products(programs("all")) == products(programs("products")) < products(programs("none"))
+
+
+@pytest.mark.parametrize("policy", ["all", "attention", "none", "offload"])
 def test_what_is_saved_does_not_change_the_result(transformers, programs, policy):
     compiled, arguments, _ = programs(policy)
     expected, _, _ = programs("products")

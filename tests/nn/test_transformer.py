@@ -35,6 +35,7 @@ def one_device(transformers):
         ((1, 2, 1, 4), {"weight_axes": ("fsdp", "sp")}),
         ((1, 1, 2, 4), {"strategy": "hybrid", "ulysses_size": 2, "weight_axes": ("fsdp", "sp")}),
         ((1, 2, 1, 4), {"strategy": "all_gather"}),
+        ((1, 2, 2, 1), {"strategy": "dense"}),
     ],
 )
 def test_every_mesh_and_strategy_gives_what_one_device_gives(transformers, one_device, sizes, options):
