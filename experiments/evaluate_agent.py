@@ -46,6 +46,8 @@ from ring_rl.agent.evaluation.rollout import reset_seeds
 from ring_rl.atomic_file import refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
+from ring_rl.nn.parallel import SequenceParallel
+from ring_rl.training.mesh import MeshConfig, make_mesh, request_virtual_devices
 from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.training.tables import markdown_table
 
@@ -89,6 +91,8 @@ class EvaluateAgentConfig:
     protocol: ProtocolConfig
     cleared_context: bool
     random_policy: bool
+    cache_devices: int
+    virtual_devices: int
     statistics: StatisticsConfig
     render: bool
 
@@ -109,7 +113,21 @@ class Condition:
     policies: dict[int, Policy]
 
 
-def conditions_of(config: EvaluateAgentConfig, agents: Sequence[TrainedAgent]) -> Iterator[Condition]:
+def cache_sharing(config: EvaluateAgentConfig) -> SequenceParallel | None:
+    """The mesh whose devices share a context's key-value cache; None where each keeps its own.
+
+    Raises:
+        ValueError: There are fewer devices.
+    """
+    if config.cache_devices == 1:
+        return None
+    mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=config.cache_devices))
+    return SequenceParallel(mesh=mesh, layout="contiguous")
+
+
+def conditions_of(
+    config: EvaluateAgentConfig, agents: Sequence[TrainedAgent], parallel: SequenceParallel | None
+) -> Iterator[Condition]:
     """Chance, then every agent by target, once more with its context cleared where it has one."""
     protocol, action_repeat = config.protocol, agents[0].action_repeat
     if config.random_policy:
@@ -129,7 +147,9 @@ def conditions_of(config: EvaluateAgentConfig, agents: Sequence[TrainedAgent]) -
             for context in contexts:
                 # Policies of each condition's own: what one samples does not depend on which were evaluated before.
                 policies: dict[int, Policy] = {
-                    agent.seed: agent.policy(action_selection=protocol.action_selection, seed=protocol.seed)
+                    agent.seed: agent.policy(
+                        action_selection=protocol.action_selection, seed=protocol.seed, parallel=parallel
+                    )
                     for agent in alike
                 }
                 headline = fraction in (None, protocol.target_fraction)
@@ -137,10 +157,10 @@ def conditions_of(config: EvaluateAgentConfig, agents: Sequence[TrainedAgent]) -
 
 
 def rolled_out(
-    config: EvaluateAgentConfig, agents: Sequence[TrainedAgent]
+    config: EvaluateAgentConfig, agents: Sequence[TrainedAgent], parallel: SequenceParallel | None
 ) -> tuple[list[Result], dict[str, Trajectory]]:
     """Every condition under the protocol, with progress; and of every agent one last episode, to be drawn."""
-    conditions, protocol = list(conditions_of(config, agents)), config.protocol
+    conditions, protocol = list(conditions_of(config, agents, parallel)), config.protocol
     data_returns = agents[0].data_returns
     results, shown = [], {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -186,13 +206,15 @@ def evaluate_agents(config: EvaluateAgentConfig) -> None:
     """Rolls out, prints a table, writes CSV, Markdown, JSON and pictures."""
     if not config.overwrite:
         refuse_existing(config.output, OUTPUTS)
+    request_virtual_devices(config.virtual_devices)
+    parallel = cache_sharing(config)
     agents = [load_agent(run) for run in config.runs]
     check_comparable(agents)
     check_context(agents, config.protocol)
     check_episode_length(agents)
     config.output.mkdir(parents=True, exist_ok=True)
     seconds = time.perf_counter()
-    results, shown = rolled_out(config, agents)
+    results, shown = rolled_out(config, agents, parallel)
     seconds = time.perf_counter() - seconds
 
     protocol, data_returns, task = config.protocol, agents[0].data_returns, agents[0].task

@@ -64,6 +64,12 @@ def test_an_evaluation_leaves_table_csv_and_pictures(call_script, refused, run_d
     pictures = ("return_by_episode", "return_by_target", "returns_in_data", "in_context", "performance_profile")
     for name in (*(f"{each}.png" for each in pictures), "table.md"):
         assert (tmp_path / "out" / name).stat().st_size > 100
+    # Devices that share the cache change rounding only, which a swinging pole makes more of; test_rollout is exact.
+    once_more = [f"output={tmp_path / 'shared'}", "cache_devices=4", "random_policy=false", "cleared_context=false"]
+    call_script("evaluate_agent", f"runs=[{run_dir}]", *once_more, *PROTOCOL)
+    shared = json.loads((tmp_path / "shared" / "summary.json").read_text())["scores"]["agentic_transformer"]
+    assert shared["mean"]["mean"] == pytest.approx(summary["scores"]["agentic_transformer"]["mean"]["mean"], rel=0.1)
+    assert not (tmp_path / "shared" / "in_context.png").exists()
     again = refused(call_script, "evaluate_agent", f"runs=[{run_dir}]", f"output={tmp_path / 'out'}", *PROTOCOL)
     assert "returns.csv" in again
     assert "already; choose another output or set overwrite=true" in again
@@ -82,6 +88,7 @@ def test_bad_input(call_script, refused, tmp_path, run_dir):
     assert "must be different finite numbers" in complaint(
         f"runs=[{run_dir}]", "protocol.other_target_fractions=[0.85]"
     )
+    assert "needs 64 devices, but there are 8" in complaint(f"runs=[{run_dir}]", "cache_devices=64")
     assert "must be at least 0, got -1" in complaint(f"runs=[{run_dir}]", "protocol.seed=-1")
 
 

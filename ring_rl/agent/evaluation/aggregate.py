@@ -49,9 +49,10 @@ class Interval:
     high: float
 
     def __str__(self) -> str:
-        return format(self, "z.1f")
+        return format(self, "")
 
     def __format__(self, spec: str) -> str:
+        spec = spec or "z.1f"
         if math.isnan(self.low):
             return format(self.value, spec)
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"

@@ -34,7 +34,7 @@ def plot_return_by_episode(
     axes.set_xlabel("episode in context")
     axes.set_ylabel("return")
     axes.set_title(title)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     write_figure(figure, path)
@@ -49,7 +49,7 @@ def plot_returns_in_data(
     counts, _, _ = axes.hist(data_returns, bins=40, color="0.8", label=f"data, {len(data_returns)} episodes")
     for number, result in enumerate(results):
         mean, color = result.scores.mean, f"C{number}"
-        axes.axvline(mean.mean, color=color, label=f"{result.name}: {mean}")
+        axes.axvline(mean.mean, color=color, label=f"{result.name}: {mean:.0f}")
         if mean.seeds > 1:
             axes.axvspan(mean.low, mean.high, color=color, alpha=0.15)
     _mark_data(axes.axvline, data_returns)

@@ -14,6 +14,7 @@ from ring_rl.agent.evaluation.rollout import SEED_STRIDE, Rollouts, reset_seeds,
 from ring_rl.agent.model import BehaviourCloningConfig, ModelConfig, SequenceModelConfig
 from ring_rl.agent.td3_bc.networks import TD3BCConfig
 from ring_rl.config import from_mapping
+from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.checkpoint import load_for_evaluation
 from ring_rl.typing import Float64
 
@@ -109,9 +110,17 @@ class TrainedAgent:
         """Whether it is told a target return; of others the evaluation is the same for every target."""
         return isinstance(self.model_config, SequenceModelConfig)
 
-    def policy(self, *, action_selection: ActionSelection = "mode", seed: int = 0) -> ModelPolicy:
-        """The agent acting, with an empty memory; `seed` is that of sampled actions."""
-        return ModelPolicy(self.model_config, self.parameters, action_selection=action_selection, seed=seed)
+    def policy(
+        self,
+        *,
+        action_selection: ActionSelection = "mode",
+        seed: int = 0,
+        parallel: SequenceParallel | None = None,
+    ) -> ModelPolicy:
+        """The agent acting, with an empty memory; `seed` is that of sampled actions, `parallel` shares the memory."""
+        return ModelPolicy(
+            self.model_config, self.parameters, action_selection=action_selection, seed=seed, parallel=parallel
+        )
 
 
 def load_agent(run_directory: Path) -> TrainedAgent:

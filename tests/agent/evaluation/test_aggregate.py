@@ -124,7 +124,7 @@ def test_a_single_run_has_no_interval():
     got = aggregate({"a": np.array([1.0, 2.0]), "b": np.array([3.0])}, statistic="mean", **FEW)
     assert got.value == 2
     assert np.isnan([got.low, got.high]).all()
-    assert str(got) == "2.0"
+    assert str(got) == f"{got}" == "2.0"
 
 
 def test_a_table_of_agents_over_tasks():
