@@ -231,7 +231,13 @@ class _LocalLeaf:
 
     def stack(self, rows: Any) -> np.ndarray:
         """The rows' tokens of this process, in layout order."""
-        return np.stack([row if self.natural is None else row.take(self.natural, axis=0) for row in rows])
+        if self.natural is None:
+            return np.stack(rows)
+        stacked = np.empty((len(rows), len(self.natural), *rows[0].shape[1:]), rows[0].dtype)
+        for row, into in zip(rows, stacked, strict=True):
+            # Straight into place; "clip" spares the copy that numpy makes to leave `out` as it was after an error.
+            np.take(row, self.natural, axis=0, out=into, mode="clip")
+        return stacked
 
     def share_of(self, local: np.ndarray) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
         """What a device receives of the local array, as a function of its slice of the global one."""
