@@ -21,6 +21,7 @@ Needs the simulator: `pip install 'ring_rl[simulator]'`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,13 @@ import numpy as np
 
 from ring_rl.agent.environments.batched_tasks import make_batched_task
 from ring_rl.agent.environments.domains import DOMAINS, parse_task
-from ring_rl.agent.environments.environment import action_range, control_of_actions, make_environment
+from ring_rl.agent.environments.environment import (
+    DMControlEnvironment,
+    action_range,
+    control_of_actions,
+    make_environment,
+)
+from ring_rl.agent.environments.simulator_clock import without_clock
 from ring_rl.typing import Float32, Float64
 
 import mujoco  # isort: skip
@@ -42,6 +49,9 @@ except ImportError as error:
     ) from error
 
 __all__ = ["BatchedPhysics", "BatchedStart", "BatchedSteps"]
+
+_SIMULATED_RESETS = ("cheetah",)
+"""Domains whose episodes begin with physics steps, which threads can share; resets of the others are Python."""
 
 _CHUNK_VALUES = 2**20
 """Numbers the simulator records at a time, 8 MiB: whole episodes of many rows would be gigabytes."""
@@ -100,9 +110,11 @@ class BatchedPhysics:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}")
         self.task = task
-        self.episode_steps = DOMAINS[parse_task(task)[0]].episode_steps
+        self._domain = parse_task(task)[0]
+        self.episode_steps = DOMAINS[self._domain].episode_steps
         self._threads = threads
         self._environment = make_environment(task, action_repeat=1)
+        self._environments = [self._environment]
         simulation = self._environment.simulation
         self._task = make_batched_task(task)
         self._substeps = round(simulation.control_timestep() / simulation.physics.timestep())
@@ -129,14 +141,31 @@ class BatchedPhysics:
 
         In place of a seed may stand a generator that earlier resets have drawn from, as without a seed.
         """
+        rows = list(seeds)
+        with without_clock():
+            if self._threads == 1 or len(rows) < self._threads or self._domain not in _SIMULATED_RESETS:
+                return _joined([self._starts_of(self._environment, rows)])
+            missing = self._threads - len(self._environments)
+            self._environments += [make_environment(self.task, action_repeat=1) for _ in range(missing)]
+            shares = [rows[thread :: self._threads] for thread in range(self._threads)]
+            with ThreadPoolExecutor(self._threads) as pool:
+                parts = list(pool.map(self._starts_of, self._environments, shares))
+        joined = _joined(parts)
+        order = np.argsort(
+            np.concatenate([np.arange(thread, len(rows), self._threads) for thread in range(self._threads)])
+        )
+        return BatchedStart(joined.observations[order], joined.physics[order], joined.warm_starts[order])
+
+    @staticmethod
+    def _starts_of(environment: DMControlEnvironment, seeds: Sequence[int | np.random.Generator]) -> BatchedStart:
         starts, warm_starts = [], []
         for seed in seeds:
             if isinstance(seed, np.random.Generator):
-                self._environment.np_random = seed
-                starts.append(self._environment.reset())
+                environment.np_random = seed
+                starts.append(environment.reset())
             else:
-                starts.append(self._environment.reset(seed=seed))
-            warm_starts.append(self._environment.simulation.physics.data.ptr.qacc_warmstart.copy())
+                starts.append(environment.reset(seed=seed))
+            warm_starts.append(environment.simulation.physics.data.ptr.qacc_warmstart.copy())
         observations, infos = zip(*starts, strict=True)
         return BatchedStart(
             np.stack(observations), np.stack([info["physics"] for info in infos]), np.stack(warm_starts)
@@ -236,9 +265,10 @@ class BatchedPhysics:
         for first in range(0, count, chunk):
             held = controls[:, first : first + chunk]
             steps = held.shape[1] * self._substeps
-            record = batch.rollout(
-                steps, held.repeat(self._substeps, axis=1), record=(full_state, "sensordata"), ids=ids
-            )
+            with without_clock():
+                record = batch.rollout(
+                    steps, held.repeat(self._substeps, axis=1), record=(full_state, "sensordata"), ids=ids
+                )
             self._refuse_unstable(batch, rows)
             reached = record[full_state][:, self._substeps - 1 :: self._substeps, 1:]
             sensors = record["sensordata"][:, self._substeps - 1 :: self._substeps]
@@ -278,3 +308,8 @@ class BatchedPhysics:
         if not np.isfinite(array).all():
             row = int(np.argmin(np.isfinite(array).reshape(len(array), -1).all(axis=1)))
             raise ValueError(f"{name} must be finite, got a NaN or infinity in row {row}")
+
+
+def _joined(parts: Sequence[BatchedStart]) -> BatchedStart:
+    names = ("observations", "physics", "warm_starts")
+    return BatchedStart(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))

@@ -170,3 +170,12 @@ def test_bad_input_is_refused():
             physics.step(states, actions, action_hold=1, warm_starts=np.zeros((1, 2)))
     with pytest.raises(RuntimeError, match="closed"):
         physics.step(states, actions, action_hold=1)
+
+
+@pytest.mark.parametrize("task", ["cheetah_run", "cartpole_swingup"])
+def test_threads_that_share_resets_keep_their_order(task):
+    with BatchedPhysics(task, threads=1) as one, BatchedPhysics(task, threads=3) as three:
+        alone, shared = one.start(range(7)), three.start(range(7))
+    np.testing.assert_array_equal(shared.observations, alone.observations)
+    np.testing.assert_array_equal(shared.physics, alone.physics)
+    np.testing.assert_array_equal(shared.warm_starts, alone.warm_starts)
