@@ -142,16 +142,17 @@ def announce(config: ReproduceAgentConfig) -> None:
     preset = config.preset
     lines = cost_lines(preset, config.cells, left_to_do(config))
     table = Table(title=f"{preset.name}: {len(preset.tasks)} tasks, {len(preset.seeds)} seeds, for {preset.hardware}")
-    for column in ("agent", "finished", "left", "seconds a cell", "hours left"):
+    for column in ("agent", "finished", "left", "seconds a cell", "hours left", "by"):
         table.add_column(column)
     for line in lines:
-        source = "measured" if line.measured else "expected"
+        source = "measured here" if line.measured else preset.expectation
         table.add_row(
             preset.variants[line.variant].label,
             str(line.finished),
             str(line.left),
-            f"{line.seconds_a_cell:.0f} ({source})",
+            f"{line.seconds_a_cell:.0f}",
             f"{line.seconds / 3600:.2f}",
+            source,
         )
     Console(width=120).print(table)
     hours = sum(line.seconds for line in lines) / 3600 / preset.workers

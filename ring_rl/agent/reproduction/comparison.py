@@ -104,4 +104,5 @@ def _result(preset: PresetConfig, variant: str, seeds: Mapping[int, EvaluatedCel
         headline=True,
         seeds=tuple(ordered),
         returns=np.array([each.cleared if cleared else each.carried for each in ordered.values()]),
+        context_episodes=next(iter(ordered.values())).context_episodes if context == "carried" else None,
     )

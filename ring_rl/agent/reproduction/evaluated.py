@@ -32,6 +32,7 @@ class EvaluatedCell:
     Attributes:
         carried: With the context carried from episode to episode.
         cleared: With an empty context before every episode; None for an agent without one.
+        context_episodes: Episodes that a context holds, after which it began anew.
         data_best: The best return of the data it was trained on.
         data_mean: Their mean.
         seconds: That the evaluation took.
@@ -39,6 +40,7 @@ class EvaluatedCell:
 
     carried: Float64[np.ndarray, "rows episodes"]
     cleared: Float64[np.ndarray, "rows episodes"] | None
+    context_episodes: int
     data_best: float
     data_mean: float
     seconds: float
@@ -48,6 +50,7 @@ def evaluate_cell(cell: Cell, agent: TrainedAgent, environments: Environments, p
     """Rolls a trained cell out and writes its evaluation; one that is there is replaced."""
     start = time.perf_counter()
     best = float(agent.data_returns.max())
+    context_episodes = agent.policy().context_trajectories
 
     def returns(*, carry_context: bool) -> list[list[float]]:
         policy = agent.policy(action_selection=protocol.action_selection, seed=protocol.seed)
@@ -64,7 +67,8 @@ def evaluate_cell(cell: Cell, agent: TrainedAgent, environments: Environments, p
         "variant": cell.variant,
         "seed": cell.seed,
         "carried": returns(carry_context=True),
-        "cleared": returns(carry_context=False) if agent.policy().context_trajectories > 1 else None,
+        "cleared": returns(carry_context=False) if context_episodes > 1 else None,
+        "context_episodes": context_episodes,
         "data": {
             "episodes": len(agent.data_returns),
             "mean": float(agent.data_returns.mean()),
@@ -114,6 +118,7 @@ def read_cell(path: Path) -> EvaluatedCell:
     return EvaluatedCell(
         carried=np.array(record["carried"]),
         cleared=None if cleared is None else np.array(cleared),
+        context_episodes=record["context_episodes"],
         data_best=record["data"]["best"],
         data_mean=record["data"]["mean"],
         seconds=record["seconds"],

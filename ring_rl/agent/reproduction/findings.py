@@ -93,7 +93,11 @@ def in_context_table(comparison: Comparison, *, flips: int) -> list[list[str]] |
         pairs = _pairs(comparison, kind, carried, shuffled)
         if not pairs:
             continue
-        tests = {task: in_context_test(*pair, flips=flips, seed=0).main for task, pair in pairs.items()}
+        held = comparison.tasks[next(iter(pairs))].carried[carried].context_episodes
+        tests = {
+            task: in_context_test(*pair, flips=flips, seed=0, context_episodes=held).main
+            for task, pair in pairs.items()
+        }
         adjusted = holm_adjusted([test.p_value for test in tests.values()])
         for (task, test), holm in zip(tests.items(), adjusted, strict=True):
             scale = comparison.tasks[task].scale
@@ -106,7 +110,7 @@ def in_context_table(comparison: Comparison, *, flips: int) -> list[list[str]] |
         if len(pairs) > 1:
             over = paired_test_over_tasks(
                 {
-                    task: comparison.tasks[task].scale.differences(in_context_differences(*pair))
+                    task: comparison.tasks[task].scale.differences(in_context_differences(*pair, context_episodes=held))
                     for task, pair in pairs.items()
                 },
                 flips=flips,

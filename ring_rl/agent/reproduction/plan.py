@@ -27,8 +27,8 @@ class Variant:
         label: What tables call it.
         train: Overrides of experiments/train_agent.py that make it.
         paper_column: The column of the paper's table 5 that it stands beside; null where there is none.
-        expected_seconds: What training and evaluating one cell took on the preset's hardware, for the estimate
-            before any cell has been run.
+        expected_seconds: Of training and evaluating one cell on the preset's hardware, for the estimate before any cell
+            has been run; the preset's `expectation` says where it comes from.
     """
 
     label: str
@@ -82,6 +82,7 @@ class PresetConfig:
     Attributes:
         name: "cpu" and the like; folders are called so.
         hardware: What it was made for, in words.
+        expectation: Whether the expected seconds were measured there or how they were estimated, in words.
         data: "collect" makes the data sets with datasets/exorl/collect.py; "fetch" takes the published ones.
         collect: For each domain, overrides of datasets/exorl/collect.py.
         train: Overrides of experiments/train_agent.py for all cells.
@@ -97,6 +98,7 @@ class PresetConfig:
 
     name: str
     hardware: str
+    expectation: str
     data: Literal["collect", "fetch"]
     collect: dict[str, tuple[str, ...]]
     train: tuple[str, ...]

@@ -1,0 +1,127 @@
+"""The table from one command: presets that can be run, prices, and a whole comparison in small."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from ring_rl.agent.exploration.collection import CollectionConfig
+from ring_rl.agent.reproduction.published import PublishedTable
+from ring_rl.config import from_mapping
+from ring_rl.hydra_config import resolve
+
+REPOSITORY = Path(__file__).parents[2]
+
+PRESETS = sorted(path.stem for path in (REPOSITORY / "conf" / "preset").glob("*.yaml"))
+
+
+def composed(config_name, overrides=()):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        return resolve(compose(config_name, overrides=list(overrides)))
+
+
+@pytest.fixture(params=PRESETS)
+def preset(request, load_script):
+    mapping = composed("reproduce_agent", [f"preset={request.param}"])
+    return from_mapping(load_script("reproduce_agent").ReproduceAgentConfig, mapping).preset
+
+
+def test_every_cell_of_a_preset_is_a_training_that_can_be_configured(preset, load_script):
+    """A typo in a preset must not be found by its hundredth cell."""
+    config_class = load_script("train_agent").TrainAgentConfig
+    for variant in preset.variants.values():
+        for task, overrides in preset.tasks.items():
+            mapping = composed(
+                "train_agent", [*preset.train, *variant.train, *overrides, f"task={task}", f"label='{variant.label}'"]
+            )
+            mapping.pop("experiment", None)
+            mapping.pop("attention", None)
+            config = from_mapping(config_class, mapping)
+            assert (config.task, config.label) == (task, variant.label)
+
+
+def test_every_collection_of_a_preset_can_be_configured(preset, tmp_path):
+    for domain, overrides in preset.collect.items():
+        config = from_mapping(CollectionConfig, composed("collect", [*overrides, f"root={tmp_path}"]))
+        assert config.folder == tmp_path / domain / "rnd"
+
+
+def test_the_papers_numbers_cover_the_presets_tasks_and_columns(preset):
+    published = from_mapping(PublishedTable, composed("reproduce_agent")["published"])
+    for task in preset.tasks:
+        for variant in preset.variants.values():
+            if variant.paper_column is not None:
+                assert published.of(task, variant.paper_column) is not None
+
+
+def test_the_averages_of_the_papers_table_come_out():
+    """Its own row of averages, as a check of what was typed."""
+    published = from_mapping(PublishedTable, composed("reproduce_agent")["published"])
+    averages = {"BC-10%": 36.11, "DT": 45.51, "AT 32 (blockwise)": 111.13, "AT 128 (ring)": 113.66}
+    for column, average in averages.items():
+        values = [row[column] for row in published.returns.values()]
+        assert sum(values) / len(values) == pytest.approx(average, abs=0.01)
+
+
+def test_a_price_is_named_before_anything_starts(call_script, capsys, tmp_path):
+    call_script("reproduce_agent", "dry_run=true", f"runs={tmp_path}/runs", f"data_root={tmp_path}/data")
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    figures = dict(pair.split("=") for pair in last.split())
+    assert figures["cells"] == figures["left"]
+    assert float(figures["hours_left"]) > 0
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.simulator
+def test_a_comparison_from_nothing_to_its_tables(load_script, tmp_path, capfd):
+    """Two agents, two seeds, one task: collected, trained, evaluated, reported; then nothing is left to do."""
+    pytest.importorskip("dm_control", reason="needs the extra `simulator`")
+    script = load_script("reproduce_agent")
+    mapping = composed("reproduce_agent", [f"runs={tmp_path}/runs", f"output={tmp_path}/results"])
+    small = ["loop.steps=2", "loop.checkpoint_every=2", "loop.log_every=1", "optimizer.warmup_steps=1"]
+    mapping["data_root"] = str(tmp_path / "data")
+    mapping["preset"] |= {
+        "collect": {"cartpole": ["task=cartpole_balance", "explorer=noise", "algorithm=rnd", "episodes=6"]},
+        "tasks": {"cartpole_swingup": []},
+        "variants": {
+            "at": {
+                "label": "AT, 2 trajectories",
+                "train": ["agent=agentic_transformer", "agent.chain.trajectories=2", "batch.batch_size=1", *small],
+                "paper_column": "AT 32 (blockwise)",
+                "expected_seconds": 1.0,
+            },
+            "bc": {
+                "label": "BC-10%",
+                "train": ["agent=behaviour_cloning", "batch.batch_size=1", *small],
+                "paper_column": "BC-10%",
+                "expected_seconds": 1.0,
+            },
+        },
+        "seeds": [0, 1],
+        "workers": 1,
+        "orderings": [{"better": "at", "worse": "bc"}],
+        "in_context": None,
+        "bootstrap_samples": 100,
+    }
+    mapping["preset"]["protocol"] |= {"episodes": 2, "rows": 2}
+    config = from_mapping(script.ReproduceAgentConfig, mapping)
+    with pytest.raises(ValueError, match=r"train it first: stages=\[train\]"):
+        script.evaluate(config)
+    script.reproduce(config)
+    figures = dict(pair.split("=") for pair in capfd.readouterr().out.strip().splitlines()[-1].split())
+    assert figures["cells"] == "4"
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
+    assert summary["training_seeds"] == {"cartpole_swingup/at": 2, "cartpole_swingup/bc": 2}
+    # The data were collected for another task of the domain and relabelled.
+    record = json.loads((tmp_path / "data" / "cartpole" / "rnd" / "collection.json").read_text())
+    assert record["settings"]["task"] == "cartpole_balance"
+    config_of_run = yaml.safe_load((tmp_path / "runs/cartpole_swingup/at/seed_1/config.yaml").read_text())
+    assert config_of_run["label"] == "AT, 2 trajectories"
+    assert script.left_to_do(config) == []
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("evaluation.json")}
+    script.evaluate(config)
+    assert {path: path.stat().st_mtime_ns for path in made} == made
