@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ring_rl.config import from_mapping
+
 SCRIPT = Path(__file__).parents[2] / "experiments" / "bench_reader.py"
 SMALL = [
     "episodes=6",
@@ -34,10 +36,27 @@ def test_the_report_follows_from_the_figures(call_script, refused, tmp_path):
     # 6 episodes of 10 actions, rewards and discounts, and of 11 observations
     assert result["episodes_read_mb"] == pytest.approx(4 * 6 * (10 * (6 + 2) + 11 * 24) / 1e6)
     table = (output / "table.md").read_text()
-    assert f"| opening | {result['open_seconds']:.2f} s |" in table
+    assert f"| opening | {result['open_seconds']:.2f} s |  |" in table
     assert f"{result['chains_per_second']:.0f} chains/s |" in table
     assert list(scratch.iterdir()) == []
     assert "holds reader.json" in refused(call_script, "bench_reader", f"output={output}", *SMALL)
+
+
+def test_the_committed_table_follows_from_its_figures(load_script):
+    script, results = load_script("bench_reader"), SCRIPT.parent / "results" / "reader" / "cpu"
+    result = json.loads((results / "reader.json").read_text())
+    figures = {name: value for name, value in result.items() if isinstance(value, float)}
+    settings = result["config"] | {"folder": None}
+    assert (
+        script.report(from_mapping(script.ReaderBenchmarkConfig, settings), figures)
+        == (results / "table.md").read_text()
+    )
+    assert settings["episodes"] == 10000
+    assert settings["chain"]["trajectories"] == 32
+    assert result["open_seconds"] < 5
+    assert result["chains_per_second"] > 50
+    assert result["resident_mb_largest"] < 1000
+    assert result["resident_mb_last_tenth"] < 1.1 * result["resident_mb_first_tenth"]
 
 
 @pytest.mark.parametrize(
