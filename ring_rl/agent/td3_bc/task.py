@@ -9,7 +9,7 @@ import jax
 import optax
 from flax import nnx
 
-from ring_rl.agent.episodes.exorl import EpisodeSet
+from ring_rl.agent.episodes.episode_set import EpisodeSet
 from ring_rl.agent.episodes.load import normalisation_of
 from ring_rl.agent.td3_bc.losses import LearningConfig
 from ring_rl.agent.td3_bc.networks import TD3BC, TD3BCConfig

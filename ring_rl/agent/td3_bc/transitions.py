@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ring_rl.agent.episodes.exorl import EpisodeSet
+from ring_rl.agent.episodes.episode_set import EpisodeSet
 from ring_rl.training.mesh import replicated
 from ring_rl.typing import Array, Float32, Int32, PRNGKeyArray
 
@@ -53,7 +53,7 @@ def transitions_of(episodes: EpisodeSet) -> Transitions:
     Raises:
         ValueError: more observations than 32-bit indices can count.
     """
-    lengths = np.array([each.length for each in episodes.trajectories], np.int64)
+    lengths = np.asarray(episodes.lengths, np.int64)
     count, states = int(lengths.sum()), int(lengths.sum()) + len(lengths)
     if states >= 2**31:
         raise ValueError(f"{states} observations are more than 2**31 - 1; lower data.max_episodes")
