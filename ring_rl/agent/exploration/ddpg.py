@@ -9,6 +9,7 @@ Everything is a pure function of a `DDPGState`. Whose rewards the critics learn 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import jax
@@ -87,7 +88,7 @@ class Actor(nnx.Module):
         self.hidden = linear(width, width, rngs=rngs)
         self.out = linear(width, action_dim, rngs=rngs)
 
-    def __call__(self, observations: Float[Array, "*rows O"]) -> Float[Array, "*rows A"]:
+    def __call__(self, observations: Float[Array | np.ndarray, "*rows O"]) -> Float[Array, "*rows A"]:
         return jnp.tanh(self.out(nnx.relu(self.hidden(self.trunk(observations)))))
 
 
@@ -100,36 +101,39 @@ class TwinCritic(nnx.Module):
         self.out = nnx.List([linear(width, 1, rngs=rngs) for _ in range(2)])
 
     def __call__(
-        self, observations: Float[Array, "*rows O"], actions: Float[Array, "*rows A"]
+        self, observations: Float[Array | np.ndarray, "*rows O"], actions: Float[Array | np.ndarray, "*rows A"]
     ) -> Float[Array, "2 *rows"]:
         features = self.trunk(jnp.concatenate([observations, actions], axis=-1))
         heads = zip(self.hidden, self.out, strict=True)
         return jnp.stack([out(nnx.relu(hidden(features)))[..., 0] for hidden, out in heads])
 
 
+@dataclass(frozen=True)
 class DDPG:
-    """Pure functions of a `DDPGState`; holds what is fixed: the networks' shapes and the numbers."""
+    """Pure functions of a `DDPGState`; equal ones are one static argument to `jax.jit`.
 
-    def __init__(self, config: DDPGConfig, *, observation_dim: int, action_dim: int) -> None:
-        self._config = config
-        self._dims = (observation_dim, action_dim, config.hidden_width)
-        self._optimizer = optax.adam(config.learning_rate)
-        self._actor = nnx.graphdef(nnx.eval_shape(lambda: Actor(*self._dims, rngs=nnx.Rngs(0))))
-        self._critic = nnx.graphdef(nnx.eval_shape(lambda: TwinCritic(*self._dims, rngs=nnx.Rngs(0))))
+    Attributes:
+        config: The numbers.
+        observation_dim: O.
+        action_dim: A.
+    """
+
+    config: DDPGConfig
+    observation_dim: int
+    action_dim: int
 
     def init(self, key: PRNGKeyArray) -> DDPGState:
         """Orthogonal weights, biases of zero; target critics equal to the critics."""
         actor_key, critic_key = jax.random.split(key)
-        actor = nnx.state(Actor(*self._dims, rngs=nnx.Rngs(actor_key)))
-        critic = nnx.state(TwinCritic(*self._dims, rngs=nnx.Rngs(critic_key)))
-        return DDPGState(
-            actor, critic, jax.tree.map(jnp.copy, critic), self._optimizer.init(actor), self._optimizer.init(critic)
-        )
+        actor = nnx.state(self._make_actor(nnx.Rngs(actor_key)))
+        critic = nnx.state(self._make_critic(nnx.Rngs(critic_key)))
+        optimizer = self._optimizer
+        return DDPGState(actor, critic, jax.tree.map(jnp.copy, critic), optimizer.init(actor), optimizer.init(critic))
 
     def act(self, actor: PyTree[Array], observations_BO: Float[Array, "B O"], key: PRNGKeyArray) -> Float[Array, "B A"]:
         """The actor's actions with exploration noise, clipped to [-1, 1]."""
-        mean_BA = nnx.merge(self._actor, actor)(observations_BO)
-        return add_clipped_noise(mean_BA, key, deviation=self._config.noise_deviation, clip=jnp.inf)
+        mean_BA = nnx.merge(self._actor_graph, actor)(observations_BO)
+        return add_clipped_noise(mean_BA, key, deviation=self.config.noise_deviation, clip=jnp.inf)
 
     def update(
         self, state: DDPGState, transitions: Transitions, rewards_B: Float[Array, " B"], key: PRNGKeyArray
@@ -139,31 +143,49 @@ class DDPG:
         Critics: mean over both of (Q - y)^2, summed over the two, y = r + gamma^n min(Q1', Q2')(o', a'), where a'
         is the actor's noisy action. Actor: minus the mean of min(Q1, Q2)(o, noisy action).
         """
-        config = self._config
+        config = self.config
         target_key, actor_key = jax.random.split(key)
         noise = {"deviation": config.noise_deviation, "clip": config.noise_clip}
-        next_actions = nnx.merge(self._actor, state.actor)(transitions.next_observations)
+        next_actions = nnx.merge(self._actor_graph, state.actor)(transitions.next_observations)
         next_actions = add_clipped_noise(next_actions, target_key, **noise)
-        next_values = nnx.merge(self._critic, state.target_critic)(transitions.next_observations, next_actions)
+        next_values = nnx.merge(self._critic_graph, state.target_critic)(transitions.next_observations, next_actions)
         targets_B = rewards_B + config.discount**config.n_step * next_values.min(axis=0)
 
         def critic_loss(critic: PyTree[Array]) -> Float[Array, ""]:
-            values = nnx.merge(self._critic, critic)(transitions.observations, transitions.actions)
+            values = nnx.merge(self._critic_graph, critic)(transitions.observations, transitions.actions)
             return jnp.square(values - targets_B).mean(axis=-1).sum()
 
         critic_error, gradient = jax.value_and_grad(critic_loss)(state.critic)
         critic, critic_optimizer = self._descend(gradient, state.critic_optimizer, state.critic)
 
         def actor_loss(actor: PyTree[Array]) -> Float[Array, ""]:
-            actions = nnx.merge(self._actor, actor)(transitions.observations)
+            actions = nnx.merge(self._actor_graph, actor)(transitions.observations)
             actions = add_clipped_noise(actions, actor_key, **noise)
-            return -nnx.merge(self._critic, critic)(transitions.observations, actions).min(axis=0).mean()
+            return -nnx.merge(self._critic_graph, critic)(transitions.observations, actions).min(axis=0).mean()
 
         negative_value, gradient = jax.value_and_grad(actor_loss)(state.actor)
         actor, actor_optimizer = self._descend(gradient, state.actor_optimizer, state.actor)
         target_critic = optax.incremental_update(critic, state.target_critic, config.target_rate)
         metrics = {"critic_loss": critic_error, "value": -negative_value}
         return DDPGState(actor, critic, target_critic, actor_optimizer, critic_optimizer), metrics
+
+    @property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return optax.adam(self.config.learning_rate)
+
+    @cached_property
+    def _actor_graph(self) -> nnx.GraphDef[Actor]:
+        return nnx.graphdef(nnx.eval_shape(lambda: self._make_actor(nnx.Rngs(0))))
+
+    @cached_property
+    def _critic_graph(self) -> nnx.GraphDef[TwinCritic]:
+        return nnx.graphdef(nnx.eval_shape(lambda: self._make_critic(nnx.Rngs(0))))
+
+    def _make_actor(self, rngs: nnx.Rngs) -> Actor:
+        return Actor(self.observation_dim, self.action_dim, self.config.hidden_width, rngs=rngs)
+
+    def _make_critic(self, rngs: nnx.Rngs) -> TwinCritic:
+        return TwinCritic(self.observation_dim, self.action_dim, self.config.hidden_width, rngs=rngs)
 
     def _descend(
         self, gradient: PyTree[Array], optimizer: PyTree[Array], parameters: PyTree[Array]
@@ -202,5 +224,5 @@ class _Trunk(nnx.Module):
         self.linear = linear(width_in, width, rngs=rngs)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
 
-    def __call__(self, inputs: Float[Array, "*rows I"]) -> Float[Array, "*rows width"]:
-        return jnp.tanh(self.norm(self.linear(inputs)))
+    def __call__(self, inputs: Float[Array | np.ndarray, "*rows I"]) -> Float[Array, "*rows width"]:
+        return jnp.tanh(self.norm(self.linear(jnp.asarray(inputs))))

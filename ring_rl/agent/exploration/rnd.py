@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import jax
@@ -41,7 +42,9 @@ class NoveltyConfig:
         compression: "symlog" takes sign(o) log(1 + |o|) of observations before they are whitened. Without it the
             largest velocities ever seen set the scale, and standing still is not told apart from moving.
         target_bias_deviation: Standard deviation of the target's hidden biases. Without biases the target is
-            nearly linear along every ray from the mean, and novelty grows with the distance rather than the rarity.
+            linear along every ray from the mean, and novelty grows with the distance rather than the rarity.
+        target_gain: Factor of the target's inputs. The larger it is, the faster the target changes from one
+            observation to the next, and the less a predictor guesses right where it has seldom been.
         scale: Of the reward.
     """
 
@@ -51,13 +54,14 @@ class NoveltyConfig:
     observation_clip: float
     compression: Literal["none", "symlog"]
     target_bias_deviation: float
+    target_gain: float
     scale: float
 
     def __post_init__(self) -> None:
         for name in ("hidden_width", "representation_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "observation_clip", "scale"):
+        for name in ("learning_rate", "observation_clip", "target_gain", "scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.target_bias_deviation < 0:
@@ -81,23 +85,23 @@ class NoveltyState(NamedTuple):
     error_moments: RunningMoments
 
 
+@dataclass(frozen=True)
 class Novelty:
-    """Pure functions of a `NoveltyState`; holds what is fixed."""
+    """Pure functions of a `NoveltyState`; equal ones are one static argument to `jax.jit`.
 
-    def __init__(self, config: NoveltyConfig, *, observation_dim: int) -> None:
-        self._config = config
-        self._widths = (observation_dim, config.hidden_width, config.hidden_width, config.representation_dim)
-        self._optimizer = optax.adam(config.learning_rate)
-        self._network = nnx.graphdef(
-            nnx.eval_shape(lambda: _Network(self._widths, bias_deviation=0.0, rngs=nnx.Rngs(0)))
-        )
+    Attributes:
+        config: The numbers.
+        observation_dim: O.
+    """
+
+    config: NoveltyConfig
+    observation_dim: int
 
     def init(self, key: PRNGKeyArray) -> NoveltyState:
         """Two independent random networks."""
         target_key, predictor_key = jax.random.split(key)
-        deviation = self._config.target_bias_deviation
-        target = nnx.state(_Network(self._widths, bias_deviation=deviation, rngs=nnx.Rngs(target_key)))
-        predictor = nnx.state(_Network(self._widths, bias_deviation=0.0, rngs=nnx.Rngs(predictor_key)))
+        target = nnx.state(self._make_network(nnx.Rngs(target_key), self.config.target_bias_deviation))
+        predictor = nnx.state(self._make_network(nnx.Rngs(predictor_key), 0.0))
         moments = RunningMoments(jnp.zeros(()), jnp.ones(()), jnp.asarray(_PRIOR_SAMPLES))
         return NoveltyState(target, predictor, self._optimizer.init(predictor), moments)
 
@@ -105,11 +109,12 @@ class Novelty:
         self, predictor: PyTree[Array], target: PyTree[Array], observations_BO: Float[Array | np.ndarray, "B O"]
     ) -> Float[Array, " B"]:
         """How badly the predictor imitates the target; see the module."""
-        clip = self._config.observation_clip
-        if self._config.compression == "symlog":
+        clip = self.config.observation_clip
+        if self.config.compression == "symlog":
             observations_BO = jnp.sign(observations_BO) * jnp.log1p(jnp.abs(observations_BO))
         whitened_BO = jnp.clip(whiten(observations_BO), -clip, clip)
-        predicted, wanted = (nnx.merge(self._network, each)(whitened_BO) for each in (predictor, target))
+        predicted = nnx.merge(self._graph, predictor)(whitened_BO)
+        wanted = nnx.merge(self._graph, target)(self.config.target_gain * whitened_BO)
         return jnp.square(predicted - jax.lax.stop_gradient(wanted)).mean(axis=-1)
 
     def update(
@@ -124,8 +129,21 @@ class Novelty:
         predictor = optax.apply_updates(state.predictor, updates)
         errors_B = self.errors(predictor, state.target, observations_BO)
         moments = update_moments(state.error_moments, errors_B)
-        rewards_B = self._config.scale * errors_B / (jnp.sqrt(moments.variance) + 1e-8)
+        rewards_B = self.config.scale * errors_B / (jnp.sqrt(moments.variance) + 1e-8)
         return NoveltyState(state.target, predictor, optimizer, moments), rewards_B
+
+    @property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return optax.adam(self.config.learning_rate)
+
+    @cached_property
+    def _graph(self) -> nnx.GraphDef[_Network]:
+        return nnx.graphdef(nnx.eval_shape(lambda: self._make_network(nnx.Rngs(0), 0.0)))
+
+    def _make_network(self, rngs: nnx.Rngs, bias_deviation: float) -> _Network:
+        width = self.config.hidden_width
+        widths = (self.observation_dim, width, width, self.config.representation_dim)
+        return _Network(widths, bias_deviation=bias_deviation, rngs=rngs)
 
 
 def whiten(observations_BO: Float[Array | np.ndarray, "B O"]) -> Float[Array, "B O"]:

@@ -11,6 +11,7 @@ The actor that acts is therefore one decision older than the newest. The task's 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -116,10 +117,8 @@ class RNDExplorer:
         self._novelty = Novelty(config.novelty, observation_dim=observation_dim)
         init_key, self._act_key, self._update_key = jax.random.split(jax.random.key(seed), 3)
         ddpg_key, novelty_key = jax.random.split(init_key)
-        self._state = LearnerState(jax.jit(self._ddpg.init)(ddpg_key), jax.jit(self._novelty.init)(novelty_key))
+        self._state = LearnerState(_init(self._ddpg, ddpg_key), _init(self._novelty, novelty_key))
         self._acting_actor = self._state.ddpg.actor
-        self._act = jax.jit(self._act_for_all)
-        self._learn = jax.jit(self._learn_in_a_row)
         self._decisions = 0
         self._next_batch = 0
         self.metrics: Mapping[str, Array] = {}
@@ -138,7 +137,7 @@ class RNDExplorer:
                 self._replay.start(observations_BO)
             if self._decisions < self._config.seed_decisions:
                 return rng.uniform(-1, 1, (size, self._action_dim)).astype(np.float32)
-            return np.asarray(self._act(self._acting_actor, observations_BO, self._act_key, self._decisions))
+            return np.asarray(_act(self._ddpg, self._acting_actor, observations_BO, self._act_key, self._decisions))
 
         def observe(actions_BA: Float32[np.ndarray, "B A"], observations_BO: Float32[np.ndarray, "B O"]) -> None:
             self._replay.append(actions_BA, observations_BO)
@@ -177,24 +176,37 @@ class RNDExplorer:
         transitions = self._replay.draw(rng, updates=updates, batch=config.minibatch, n_step=n_step)
         # As of now this actor is computed; the one that the updates lead to is not, and nobody waits for it here.
         self._acting_actor = self._state.ddpg.actor
-        self._state, self.metrics = self._learn(self._state, transitions, self._update_key, self._decisions)
+        self._state, self.metrics = _learn(
+            self._ddpg, self._novelty, self._state, transitions, self._update_key, self._decisions
+        )
 
-    def _act_for_all(
-        self, actor: PyTree[Array], observations_BO: Float[Array, "B O"], key: PRNGKeyArray, decisions: Array
-    ) -> Float[Array, "B A"]:
-        return self._ddpg.act(actor, observations_BO, jax.random.fold_in(key, decisions))
 
-    def _learn_in_a_row(
-        self, state: LearnerState, transitions: Transitions, key: PRNGKeyArray, decisions: Array
+@functools.partial(jax.jit, static_argnums=0)
+def _init(part: DDPG | Novelty, key: PRNGKeyArray) -> PyTree[Array]:
+    return part.init(key)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _act(
+    ddpg: DDPG, actor: PyTree[Array], observations_BO: Float[Array, "B O"], key: PRNGKeyArray, decisions: Array
+) -> Float[Array, "B A"]:
+    return ddpg.act(actor, observations_BO, jax.random.fold_in(key, decisions))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _learn(
+    ddpg: DDPG, novelty: Novelty, state: LearnerState, transitions: Transitions, key: PRNGKeyArray, decisions: Array
+) -> tuple[LearnerState, dict[str, Float[Array, ""]]]:
+    """One update after the other, one for each row of `transitions`; metrics are means."""
+
+    def update(
+        state: LearnerState, inputs: tuple[Transitions, PRNGKeyArray]
     ) -> tuple[LearnerState, dict[str, Float[Array, ""]]]:
-        def update(
-            state: LearnerState, inputs: tuple[Transitions, PRNGKeyArray]
-        ) -> tuple[LearnerState, dict[str, Float[Array, ""]]]:
-            batch, update_key = inputs
-            novelty, rewards_B = self._novelty.update(state.novelty, batch.observations)
-            ddpg, metrics = self._ddpg.update(state.ddpg, batch, rewards_B, update_key)
-            return LearnerState(ddpg, novelty), {**metrics, "novelty": rewards_B.mean()}
+        batch, update_key = inputs
+        novelty_state, rewards_B = novelty.update(state.novelty, batch.observations)
+        ddpg_state, metrics = ddpg.update(state.ddpg, batch, rewards_B, update_key)
+        return LearnerState(ddpg_state, novelty_state), {**metrics, "novelty": rewards_B.mean()}
 
-        keys = jax.random.split(jax.random.fold_in(key, decisions), transitions.observations.shape[0])
-        state, metrics = jax.lax.scan(update, state, (transitions, keys))
-        return state, jax.tree.map(jnp.mean, metrics)
+    keys = jax.random.split(jax.random.fold_in(key, decisions), transitions.observations.shape[0])
+    state, metrics = jax.lax.scan(update, state, (transitions, keys))
+    return state, jax.tree.map(jnp.mean, metrics)

@@ -12,13 +12,27 @@ from ring_rl.agent.episodes.exorl import read_episode
 from ring_rl.agent.episodes.trajectory import merge_held_actions
 from ring_rl.agent.exploration import collection
 from ring_rl.agent.exploration.collection import CollectionConfig, collect, make_explorer, play_batch
+from ring_rl.agent.exploration.ddpg import DDPGConfig
 from ring_rl.agent.exploration.explorers import NoiseConfig, UniformConfig
 from ring_rl.agent.exploration.policy_search import PolicySearchConfig
+from ring_rl.agent.exploration.rnd import NoveltyConfig
+from ring_rl.agent.exploration.rnd_explorer import RNDConfig
 
 pytestmark = pytest.mark.simulator
 
 UNIFORM = UniformConfig("uniform", 8, 3)
 NOISE = NoiseConfig("noise", 8, 3, "mix", 0.1, 0.5, 4.0, 64.0, 1.0)
+RND = RNDConfig(
+    "rnd",
+    action_hold=40,
+    environments=2,
+    seed_decisions=50,
+    decisions_an_update=5,
+    minibatch=8,
+    replay_decisions=100,
+    ddpg=DDPGConfig(8, 1e-3, 0.99, 3, 0.01, 0.2, 0.3),
+    novelty=NoveltyConfig(8, 4, 1e-3, 5.0, "symlog", 1.0, 2.0, 1.0),
+)
 SEARCH = PolicySearchConfig("policy_search", 8, 2, 4, 2, 0.5, 0.5, 0.05, 60, 0.1, 1.0)
 
 
@@ -53,7 +67,7 @@ def assert_same_episodes(one, other):
         np.testing.assert_array_equal(left.physics, right.physics)
 
 
-@pytest.mark.parametrize("explorer", [UNIFORM, NOISE, SEARCH], ids=lambda each: each.name)
+@pytest.mark.parametrize("explorer", [UNIFORM, NOISE, SEARCH, RND], ids=lambda each: each.name)
 def test_a_folder_is_filled_in_the_published_layout(tmp_path, explorer):
     config = configuration(tmp_path, explorer=explorer, episodes=5)
     episodes = collect(config, progress=True)
@@ -91,7 +105,7 @@ def test_what_is_recorded_is_what_dm_control_does(tmp_path):
     np.testing.assert_allclose(observation, trajectory.observations[100], atol=1e-5)
 
 
-@pytest.mark.parametrize("explorer", [UNIFORM, SEARCH], ids=lambda each: each.name)
+@pytest.mark.parametrize("explorer", [UNIFORM, SEARCH, RND], ids=lambda each: each.name)
 def test_an_interrupted_collection_goes_on_to_the_same_result(tmp_path, monkeypatch, explorer):
     whole = configuration(tmp_path / "whole", explorer=explorer, episodes=6)
     collect(whole, progress=False)
@@ -213,3 +227,81 @@ def test_an_unstable_simulation_is_reported_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(BatchedPhysics, "play", explode)
     with pytest.raises(ValueError, match="became unstable"):
         collect(configuration(tmp_path), progress=False)
+
+
+def test_rnd_sees_no_reward(tmp_path):
+    """Two tasks of a domain that begin alike give the same episodes, with other rewards."""
+    runs = {}
+    for task in ("cheetah_run", "cheetah_run_backward"):
+        config = configuration(tmp_path, task=task, algorithm=task, explorer=RND, episodes=4)
+        runs[task] = collect(config, progress=False).trajectories
+        assert json.loads((config.folder / "collection.json").read_text())["rewards_recorded"] == task
+    for one, other in zip(*runs.values(), strict=True):
+        np.testing.assert_array_equal(one.actions, other.actions)
+        np.testing.assert_array_equal(one.physics, other.physics)
+        assert not np.array_equal(one.rewards, other.rewards)
+
+
+def test_rnd_goes_on_from_what_it_has_learnt(tmp_path, monkeypatch):
+    """The first batches are not played again, and their state on disk goes when the set is complete."""
+    config = configuration(tmp_path, explorer=RND, episodes=6)
+    played = []
+    play = collection.play_batch
+
+    def play_two_then_die(physics, batch, *, action_hold):
+        if len(played) == 2:
+            raise KeyboardInterrupt
+        played.append(batch)
+        return play(physics, batch, action_hold=action_hold)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collection, "play_batch", play_two_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            collect(config, progress=False)
+        assert (config.folder / "explorer.npz").exists()
+        assert not (config.folder / "card.md").exists()
+        played.clear()
+        collect(config, progress=False)
+        assert len(played) == 1
+    assert not (config.folder / "explorer.npz").exists()
+    whole = configuration(tmp_path, explorer=RND, episodes=6, algorithm="whole")
+    collect(whole, progress=False)
+    assert_same_episodes(arrays(config), arrays(whole))
+
+
+def test_rnd_plays_again_what_was_lost_before_its_state(tmp_path, monkeypatch):
+    config = configuration(tmp_path, explorer=RND, episodes=6)
+    write = collection.write_episode
+
+    def stop_at_the_last(folder, index, trajectory):
+        if index == 5:
+            raise KeyboardInterrupt
+        return write(folder, index, trajectory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collection, "write_episode", stop_at_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            collect(config, progress=False)
+    before = arrays(config)
+    (config.folder / "buffer" / "episode_000001_1000.npz").unlink()
+    collect(config, progress=False)
+    assert_same_episodes(arrays(config)[:5], before)
+
+
+def test_a_state_that_is_damaged_says_what_to_do(tmp_path):
+    config = configuration(tmp_path, explorer=RND, episodes=2)
+    collect(config, progress=False)
+    (config.folder / "buffer" / "episode_000001_1000.npz").unlink()
+    (config.folder / "explorer.npz").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"holds no explorer's state .* remove it"):
+        collect(config, progress=False)
+
+
+def test_the_card_has_the_returns_of_every_task(tmp_path):
+    config = configuration(tmp_path, episodes=3)
+    episodes = collect(config, progress=False)
+    card = (config.folder / "card.md").read_text()
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in card.splitlines()}
+    assert {"cartpole_balance", "cartpole_balance_sparse", "cartpole_swingup", "cartpole_swingup_sparse"} <= set(rows)
+    assert rows["cartpole_swingup"].rstrip(" |").endswith(f"{episodes.returns.max():.0f}")
+    assert "| looks at the task's reward | no |" in card
