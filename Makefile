@@ -12,7 +12,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 INSTALL := --constraint constraints.txt --editable '.[simulator,minari,cluster,development]'
 
-.PHONY: demo test check format setup constraints memory engine bench overlap errors figures clean
+.PHONY: demo test check format setup constraints memory engine simulation reader reproduce bench overlap errors figures clean
 
 demo: setup
 	$(BIN)/python experiments/demo.py
@@ -38,6 +38,18 @@ memory: setup
 # A step of the training engine beside a bare jitted loop.
 engine: setup
 	$(BIN)/python experiments/bench_engine.py overwrite=true
+
+# Collecting and evaluating beside a plain dm_control loop; long contexts beside their FLOPs.
+simulation: setup
+	$(BIN)/python experiments/bench_simulation.py output=experiments/results/simulation overwrite=true
+
+# Opening and sampling a set of 10,000 episodes.
+reader: setup
+	$(BIN)/python experiments/bench_reader.py overwrite=true
+
+# The paper's table of agents, on two cores: says first what is left and how long it takes, and goes on where it was.
+reproduce: setup
+	$(BIN)/python experiments/reproduce_agent.py preset=cpu
 
 # Our attention beside PyPI ringattention, jax.nn.dot_product_attention and torch, on the same inputs in one run.
 # torch's CPU build is enough; the default build on Linux brings gigabytes of CUDA.
