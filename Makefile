@@ -2,6 +2,7 @@
 # make test   set up, then run the tests
 # make check  lint, format, types, import contracts
 # make bench, overlap, errors   measure the attention kernels: speed, hidden transfers, accuracy
+# make reproduce  the table of agents (an hour); make simulation, reader  what collecting and reading cost
 # Everything goes into .venv; nothing else on the machine is touched.
 
 # The newest Python that every dependency has wheels for comes first; any from 3.11 on will do.
@@ -45,7 +46,7 @@ simulation: setup
 
 # Opening and sampling a set of 10,000 episodes.
 reader: setup
-	$(BIN)/python experiments/bench_reader.py overwrite=true
+	$(BIN)/python experiments/bench_reader.py output=experiments/results/reader/cpu overwrite=true
 
 # The paper's table of agents, on two cores: says first what is left and how long it takes, and goes on where it was.
 reproduce: setup
