@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -190,7 +191,6 @@ def test_a_misspelt_key_or_choice_is_refused_in_one_line(tmp_path, override, com
         ("+loop.stepz=3", "unknown key 'loop.stepz'"),
         ("loop.steps=many", "loop.steps"),
         ("task=cartpole_swingdown", "unknown task 'cartpole_swingdown'; did you mean 'cartpole_swingup'?"),
-        ("task=jaco_reach_top_left", "not built yet"),
         ("mesh.sp=16", "mesh dp=1 x fsdp=1 x tp=1 x sp=16 needs 16 devices, but there are 8"),
         ("batch.pad_to_ring=false", "sequence length 500 is not divisible into the 16 chunks of a zigzag ring"),
         ("data.algorithm=rnd", "no data set at"),
@@ -231,23 +231,28 @@ def test_a_run_folder_of_another_configuration_is_left_alone(train, refused, tmp
     assert times() == before
 
 
-def test_rewards_of_another_task_are_refused(train, refused, data_root, tmp_path):
+@contextlib.contextmanager
+def recorded_as(data_root, text):
+    """What collection.json says meanwhile."""
     record = data_root / "cartpole" / "policy_search_cartpole_swingup" / "collection.json"
-    record.write_text(json.dumps({"settings": {"task": "cartpole_balance"}}))
+    before = record.read_text()
+    record.write_text(text)
     try:
-        complaint = refused(train, tmp_path / "run")
+        yield record
     finally:
-        record.unlink()
+        record.write_text(before)
+
+
+def test_stored_rewards_of_another_task_are_refused(train, refused, data_root, tmp_path):
+    with recorded_as(data_root, json.dumps({"settings": {"task": "cartpole_balance"}})):
+        complaint = refused(train, tmp_path / "run", "data.rewards=stored")
     assert "holds the rewards of cartpole_balance, not of cartpole_swingup" in complaint
 
 
 def test_a_damaged_record_of_collection_is_named(train, refused, data_root, tmp_path):
-    record = data_root / "cartpole" / "policy_search_cartpole_swingup" / "collection.json"
-    record.write_text("{}")
-    try:
-        assert "collection.json does not say for which task" in refused(train, tmp_path / "run")
-    finally:
-        record.unlink()
+    with recorded_as(data_root, "{}") as record:
+        complaint = refused(train, tmp_path / "run")
+    assert f"{record} does not say for which task it was collected" in complaint
 
 
 def test_a_complete_run_is_left_as_it_is_and_its_picture_redrawn(train, tmp_path, capsys):
