@@ -15,8 +15,10 @@ from rich.table import Table
 
 from ring_rl.agent.environments.domains import DOMAINS, parse_task
 from ring_rl.agent.reproduction.cost import cost_lines
+from ring_rl.agent.reproduction.evaluated import stale_reason
 from ring_rl.agent.reproduction.plan import Cell, PresetConfig, training_groups
 from ring_rl.agent.reproduction.published import PublishedTable
+from ring_rl.agent.reproduction.settings import differing_settings
 from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 
@@ -101,17 +103,20 @@ def evaluate(config: ReproduceAgentConfig) -> None:
     """Evaluates every trained cell that has no evaluation under this protocol, and chance on every task."""
     from ring_rl.agent.environments.environment import make_vector_environment
     from ring_rl.agent.evaluation.protocol import load_agent
-    from ring_rl.agent.reproduction.evaluated import evaluate_cell, evaluate_chance, stale_reason
+    from ring_rl.agent.reproduction.evaluated import evaluate_cell, evaluate_chance
 
     preset = config.preset
-    for cell in config.cells:
+    cells = [cell for cell in config.cells if cell.trained or not config.partial]
+    for cell in cells:
         if not cell.trained:
             run_of = cell.run()
             reason = "not trained" if run_of is None else run_of.problem
-            raise ValueError(f"{cell.run_dir} is {reason}; train it first: stages=[train]")
+            raise ValueError(
+                f"{cell.run_dir} is {reason}; train it first: stages=[train], or set partial=true to pass it over"
+            )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        bar = progress.add_task("evaluating", total=len(config.cells) + len(preset.tasks))
+        bar = progress.add_task("evaluating", total=len(cells) + len(preset.tasks))
         for task in preset.tasks:
 
             def environments(action_repeat: int, task: str = task):
@@ -124,17 +129,34 @@ def evaluate(config: ReproduceAgentConfig) -> None:
                 action_dim = DOMAINS[parse_task(task)[0]].action_dim
                 evaluate_chance(config.chance(task), environments, preset.protocol, action_dim=action_dim)
             progress.advance(bar)
-            for cell in (each for each in config.cells if each.task == task):
+            for cell in (each for each in cells if each.task == task):
                 progress.update(bar, description=f"evaluating {task}, {preset.variants[cell.variant].label}")
-                agent = load_agent(cell.run_dir)
-                if stale_reason(cell.evaluation, preset.protocol, step=agent.step):
-                    evaluate_cell(cell, agent, environments, preset.protocol)
+                if why_unfinished(config, cell):
+                    evaluate_cell(cell, load_agent(cell.run_dir), environments, preset.protocol)
                 progress.advance(bar)
 
 
+def why_unfinished(config: ReproduceAgentConfig, cell: Cell) -> str | None:
+    """What a cell lacks; None for one that is trained, and evaluated after its last step under this protocol."""
+    run_of = cell.run()
+    if run_of is None or run_of.problem is not None:
+        return "not trained" if run_of is None else run_of.problem
+    return stale_reason(cell.evaluation, config.preset.protocol, step=run_of.last_step)
+
+
 def left_to_do(config: ReproduceAgentConfig) -> list[Cell]:
-    """Cells that are not trained or not evaluated."""
-    return [cell for cell in config.cells if not (cell.trained and cell.evaluation.exists())]
+    """Cells that are not trained or not evaluated as this preset asks."""
+    return [cell for cell in config.cells if why_unfinished(config, cell)]
+
+
+def check_settings(config: ReproduceAgentConfig) -> None:
+    """Raises ValueError if a run on disk is not the one that the preset describes now: its figures would lie."""
+    for cell in config.cells:
+        if differences := differing_settings(config.preset, cell):
+            raise ValueError(
+                f"{cell.run_dir} was trained with other settings than the preset has ({'; '.join(differences)}); "
+                "move it away to train it again, or choose another runs="
+            )
 
 
 def announce(config: ReproduceAgentConfig) -> None:
@@ -168,14 +190,19 @@ def report(config: ReproduceAgentConfig) -> None:
     from ring_rl.agent.reproduction.report import write_report
 
     missing = left_to_do(config)
-    if missing and not config.partial:
+    finished = [cell for cell in config.cells if cell not in missing]
+    if not finished or (missing and not config.partial):
+        remedy = "finish them, or set partial=true for a table of what there is" if finished else "train and evaluate"
         raise ValueError(
-            f"{len(missing)} of {len(config.cells)} cells are not finished, {missing[0].run_dir} is one; "
-            "finish them, or set partial=true for a table of what there is"
+            f"{len(missing)} of {len(config.cells)} cells are not finished, {missing[0].run_dir} is one "
+            f"({why_unfinished(config, missing[0])}); {remedy}"
         )
+    for task in {cell.task: None for cell in finished}:
+        if reason := stale_reason(config.chance(task), config.preset.protocol, step=0):
+            raise ValueError(f"{config.chance(task)}: {reason}; evaluate chance first: stages=[evaluate]")
     figures = write_report(
         config.preset,
-        [cell for cell in config.cells if cell not in missing],
+        finished,
         chance={task: config.chance(task) for task in config.preset.tasks},
         published=config.published,
         output=config.output,
@@ -185,6 +212,7 @@ def report(config: ReproduceAgentConfig) -> None:
 
 def reproduce(config: ReproduceAgentConfig) -> None:
     """Announces, then goes through the stages in their order."""
+    check_settings(config)
     announce(config)
     if config.dry_run:
         return

@@ -1,6 +1,8 @@
 """The table from one command: presets that can be run, prices, and a whole comparison in small."""
 
+import dataclasses
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from ring_rl.agent.exploration.collection import CollectionConfig
+from ring_rl.agent.reproduction.evaluated import evaluate_cell
 from ring_rl.agent.reproduction.published import PublishedTable
-from ring_rl.config import from_mapping
+from ring_rl.config import from_mapping, to_mapping
 from ring_rl.hydra_config import resolve
 
 REPOSITORY = Path(__file__).parents[2]
@@ -74,6 +77,77 @@ def test_a_price_is_named_before_anything_starts(call_script, capsys, tmp_path):
     assert figures["cells"] == figures["left"]
     assert float(figures["hours_left"]) > 0
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def finished(load_script, tmp_path):
+    """A configuration of two cells, and what training and evaluating them leaves, written by hand."""
+    mapping = composed("reproduce_agent", [f"runs={tmp_path}/runs", f"output={tmp_path}/results"])
+    preset = mapping["preset"]
+    preset["tasks"] = {"cartpole_swingup": []}
+    preset["variants"] = {"td3_bc": preset["variants"]["td3_bc"]}
+    preset["variants"]["td3_bc"]["train"] = ["agent=td3_bc", "loop.steps=10", "optimizer.learning_rate=1e-3"]
+    preset |= {"seeds": [0, 1], "orderings": [], "in_context": None}
+    config = from_mapping(load_script("reproduce_agent").ReproduceAgentConfig, mapping)
+    identity = {"protocol": to_mapping(config.preset.protocol)}
+    for cell in config.cells:
+        cell.run_dir.mkdir(parents=True)
+        run = {"task": cell.task, "seed": cell.seed, "label": "TD3+BC", "mesh": {"sp": 8}, "wandb": {"mode": "online"}}
+        run |= {"loop": {"steps": 10}, "optimizer": {"learning_rate": 0.001}, "virtual_devices": 2}
+        (cell.run_dir / "config.yaml").write_text(yaml.safe_dump(run))
+        (cell.run_dir / "metrics.jsonl").write_text(json.dumps({"step": 10, "loss": 1.0}) + "\n")
+        cell.evaluation.write_text(json.dumps({**identity, "step": 10, "seconds": 1.0}))
+    config.chance("cartpole_swingup").write_text(json.dumps({**identity, "step": 0}))
+    return config
+
+
+def test_a_run_of_other_settings_is_no_cell_of_the_preset(finished, load_script):
+    """A preset that changed after a cell was trained must not report that cell as its own."""
+    script = load_script("reproduce_agent")
+    script.check_settings(finished)
+    cell = finished.cells[1]
+    config = yaml.safe_load((cell.run_dir / "config.yaml").read_text())
+    (cell.run_dir / "config.yaml").write_text(yaml.safe_dump(config | {"optimizer": {"learning_rate": 0.002}}))
+    with pytest.raises(ValueError, match=r"seed_1 was trained .*learning_rate: saved 0.002, wanted 0.001"):
+        script.reproduce(finished)
+
+
+def test_cells_that_were_evaluated_otherwise_are_left_to_do(finished, load_script):
+    script = load_script("reproduce_agent")
+    assert script.left_to_do(finished) == []
+    longer = dataclasses.replace(finished.preset.protocol, episodes=9)
+    changed = dataclasses.replace(finished, preset=dataclasses.replace(finished.preset, protocol=longer))
+    assert script.left_to_do(changed) == changed.cells
+    with pytest.raises(ValueError, match=r"2 of 2 cells are not finished.*protocol.episodes: saved 8, wanted 9"):
+        script.report(dataclasses.replace(changed, partial=True))
+    finished.cells[0].evaluation.write_text("{")
+    assert script.left_to_do(finished) == finished.cells[:1]
+    script.announce(finished)
+
+
+def test_chance_under_another_protocol_is_not_reported(finished, load_script):
+    finished.chance("cartpole_swingup").write_text(json.dumps({"protocol": {}, "step": 0}))
+    with pytest.raises(ValueError, match=r"evaluate chance first: stages=\[evaluate\]"):
+        load_script("reproduce_agent").report(finished)
+
+
+@pytest.mark.simulator
+def test_a_partial_comparison_evaluates_what_is_trained(finished, load_script):
+    pytest.importorskip("dm_control", reason="needs the extra `simulator`")
+    script = load_script("reproduce_agent")
+    cell = finished.cells[0]
+    (cell.run_dir / "metrics.jsonl").write_text(json.dumps({"step": 9, "loss": 1.0}) + "\n")
+    with pytest.raises(ValueError, match=r"stopped at step 9 of 10; train it first"):
+        script.evaluate(finished)
+    script.evaluate(dataclasses.replace(finished, partial=True))
+    assert script.left_to_do(finished) == [cell]
+
+
+def test_an_agent_of_before_the_last_step_is_not_evaluated(finished):
+    """Cut off between the last step's metrics and its checkpoint."""
+    agent = types.SimpleNamespace(step=5)
+    with pytest.raises(ValueError, match="took 10 steps, its newest checkpoint is of step 5"):
+        evaluate_cell(finished.cells[0], agent, None, finished.preset.protocol)
 
 
 @pytest.mark.simulator

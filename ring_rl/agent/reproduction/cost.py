@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -67,6 +68,7 @@ def seconds_of(cell: Cell) -> float | None:
         if speed:
             seconds += (record["step"] - before) / speed
             before = record["step"]
-    if cell.evaluation.exists():
+    # One that cannot be read is made again.
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
         seconds += json.loads(cell.evaluation.read_text())["seconds"]
     return seconds or None

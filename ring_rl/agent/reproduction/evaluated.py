@@ -47,7 +47,17 @@ class EvaluatedCell:
 
 
 def evaluate_cell(cell: Cell, agent: TrainedAgent, environments: Environments, protocol: ProtocolConfig) -> None:
-    """Rolls a trained cell out and writes its evaluation; one that is there is replaced."""
+    """Rolls a trained cell out and writes its evaluation; one that is there is replaced.
+
+    Raises:
+        ValueError: The newest checkpoint is not that of the run's last step, as when it was cut off while saving it.
+    """
+    run = cell.run()
+    if run is not None and run.last_step != agent.step:
+        raise ValueError(
+            f"{cell.run_dir} took {run.last_step} steps, its newest checkpoint is of step {agent.step}; move it away "
+            "and train it again"
+        )
     start = time.perf_counter()
     best = float(agent.data_returns.max())
     context_episodes = agent.policy().context_trajectories
