@@ -44,6 +44,7 @@ __all__ = [
     "read_episode",
     "read_episode_and_rewards",
     "read_episodes",
+    "read_files",
     "recorded_length",
     "reward_columns",
     "select_best_fraction",
@@ -177,6 +178,13 @@ def read_episodes(
         ValueError: `max_episodes` below 1, a bad file (see `read_episode`), or files whose dimensions differ.
     """
     paths = spaced_evenly(list_episodes(folder), max_episodes)
+    return EpisodeSet(read_files(paths, progress=progress, reward_column=reward_column, physics=physics))
+
+
+def read_files(
+    paths: Sequence[Path], *, progress: bool, reward_column: int | None = None, physics: bool = True
+) -> tuple[Trajectory, ...]:
+    """Reads these episode files into memory, in this order; arguments and errors as of `read_episodes`."""
     trajectories: list[Trajectory] = []
     with progress_bar(shown=progress) as bar:
         job = bar.add_task("reading episodes", total=len(paths))
@@ -194,7 +202,7 @@ def read_episodes(
                     )
             trajectories.append(trajectory)
             bar.advance(job)
-    return EpisodeSet(tuple(trajectories))
+    return tuple(trajectories)
 
 
 def write_episode(folder: Path, index: int, trajectory: Trajectory) -> Path:

@@ -15,7 +15,7 @@ from ring_rl.agent.episodes.exorl import (
     EpisodeFiles,
     EpisodeSet,
     list_episodes,
-    read_episodes,
+    read_files,
     reward_columns,
     spaced_evenly,
 )
@@ -69,6 +69,8 @@ class DataConfig:
     store_from_megabytes: float
 
     def __post_init__(self) -> None:
+        if self.max_episodes is not None and self.max_episodes < 1:
+            raise ValueError(f"max_episodes must be at least 1, got {self.max_episodes}; use null to read all")
         if self.store_from_megabytes < 0:
             raise ValueError(f"store_from_megabytes must be at least 0, got {self.store_from_megabytes}")
         if self.rewards == "relabelled" and self.reward_column is not None:
@@ -131,18 +133,13 @@ def load_episodes(config: AnyDataConfig, *, task: str, progress: bool, physics: 
     if recording.store is not None and not physics:
         own = recording.column if rewards is None else rewards
         return recording.store.episodes(recording.indices, own, action_repeat=config.action_repeat)
-    episodes = read_episodes(
-        recording.folder / "buffer",
-        max_episodes=config.max_episodes,
-        progress=progress,
-        reward_column=recording.column,
-        physics=physics,
-    ).trajectories
+    # Of the files found above, to which the rewards belong: a set that is being collected grows meanwhile.
+    episodes = read_files(recording.paths, progress=progress, reward_column=recording.column, physics=physics)
     if rewards is not None:
         episodes = tuple(dataclasses.replace(each, rewards=own) for each, own in zip(episodes, rewards, strict=True))
     if config.action_repeat != 1:
         episodes = tuple(merge_held_actions(each, config.action_repeat) for each in episodes)
-    return EpisodeSet(tuple(episodes))
+    return EpisodeSet(episodes)
 
 
 def load_rewards(config: DataConfig, *, task: str, progress: bool) -> list[Float32[np.ndarray, " L"]]:
@@ -193,10 +190,13 @@ def _find_recording(config: DataConfig, task: str, *, progress: bool) -> _Record
             f"no data set at {folder}; collect one with `python datasets/exorl/collect.py task={task}`, fetch a "
             f"published one with `python datasets/exorl/fetch.py {domain} rnd`, or set data.root and data.algorithm"
         )
-    every_path = list_episodes(folder / "buffer")
+    buffer = folder / "buffer"
+    every_path = list_episodes(buffer)
+    store = _open_store(config, folder, every_path, progress=progress)
+    if store is not None:  # it was made of what was there then
+        every_path = tuple(buffer / name for name in store.names.tolist())
     indices = np.array(spaced_evenly(range(len(every_path)), config.max_episodes))
     paths = tuple(every_path[index] for index in indices)
-    store = _open_store(config, folder, every_path, progress=progress)
     tasks = tuple(f"{domain}_{name}" for name in DOMAINS[domain].tasks)
     if config.reward_column is not None:
         return _Recording(folder, paths, store, indices, config.reward_column, task)

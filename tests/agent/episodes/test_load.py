@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ring_rl.agent.episodes.exorl import read_episodes, write_episode
+from ring_rl.agent.episodes import load as load_module
+from ring_rl.agent.episodes.exorl import EpisodeFiles, read_episodes, write_episode
 from ring_rl.agent.episodes.load import DataConfig, load_episodes, load_rewards
 from ring_rl.agent.episodes.relabel_cache import RelabelConfig
 from ring_rl.agent.episodes.trajectory import Trajectory
@@ -144,6 +145,32 @@ def test_a_recording_that_the_simulator_does_not_confirm_is_refused(data):
     record(data, "cartpole_balance")
     with pytest.raises(ValueError, match="relabelling cartpole_balance, for which the data were recorded, gives"):
         load(data)
+
+
+@pytest.mark.parametrize("store", ["never", "always"])
+@pytest.mark.parametrize("max_episodes", [None, 3])
+def test_a_set_that_grows_while_it_is_relabelled_keeps_every_reward_at_its_episode(
+    data, monkeypatch, store, max_episodes
+):
+    """Relabelling takes minutes, in which a collector goes on; here every reward is its episode's first observation."""
+    buffer = data.root / "cartpole" / "rnd" / "buffer"
+
+    def relabel(folder, episodes, signatures, **_):
+        assert isinstance(episodes, EpisodeFiles)
+        for index in range(4, 9):
+            write_episode(buffer, index, episode(index))
+        return [np.full(each.length, each.observations[0, 0], np.float32) for each in episodes]
+
+    monkeypatch.setattr(load_module, "relabelled_rewards", relabel)
+    episodes = load(replace(data, store=store, max_episodes=max_episodes)).trajectories
+    assert len(episodes) == (max_episodes or 4)
+    for each in episodes:
+        assert each.rewards[0] == each.observations[0, 0]
+
+
+def test_a_number_of_episodes_below_one_is_refused_before_anything_is_read(data):
+    with pytest.raises(ValueError, match="max_episodes must be at least 1, got 0; use null to read all"):
+        replace(data, max_episodes=0)
 
 
 def test_settings_survive_yaml(data):
