@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 
 __all__ = ["PublishedTable"]
 
@@ -15,8 +16,8 @@ class PublishedTable:
     Attributes:
         source: Which paper and table.
         differs: What stands between its numbers and ours, a sentence each.
-        returns: task -> column -> return, null where the paper says "oom". A task stands for all that begin with
-            its name, as "jaco_reach" does.
+        returns: task -> column -> return, null where the paper says "oom". A task may be a pattern, as "jaco_reach_*",
+            where the paper does not tell several apart.
     """
 
     source: str
@@ -29,7 +30,7 @@ class PublishedTable:
         Raises:
             ValueError: no such column.
         """
-        row = next((row for name, row in self.returns.items() if task == name or task.startswith(f"{name}_")), None)
+        row = next((row for name, row in self.returns.items() if fnmatch.fnmatchcase(task, name)), None)
         if row is None or column is None:
             return None
         if column not in row:
