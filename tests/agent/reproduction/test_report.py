@@ -6,18 +6,21 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ring_rl.agent.evaluation.aggregate import Interval
 from ring_rl.agent.reproduction.comparison import read_comparison
 from ring_rl.agent.reproduction.evaluated import stale_reason
-from ring_rl.agent.reproduction.findings import verdict_of
+from ring_rl.agent.reproduction.findings import verdict_of, welch_interval
 from ring_rl.agent.reproduction.published import PublishedTable
 from ring_rl.agent.reproduction.report import write_report
 
 PUBLISHED = PublishedTable(
     source="a paper",
     differs=(),
-    returns={"cartpole_swingup": {"AT": 12.5, "BC": 10.0, "oom": None}, "jaco_reach": {"AT": 5.0, "BC": 6.0}},
+    returns={"cartpole_swingup": {"AT": 12.5, "BC": 10.0, "oom": None}, "jaco_reach_*": {"AT": 5.0, "BC": 6.0}},
 )
 
 
@@ -74,6 +77,38 @@ def test_orderings_are_judged_by_the_interval_of_the_difference(written):
 )
 def test_verdicts(low, high, verdict):
     assert verdict_of(Interval(0.0, low, high)) == verdict
+
+
+@given(seed=st.integers(0, 1000), counts=st.tuples(st.integers(2, 5), st.integers(2, 5)))
+def test_on_one_task_the_interval_is_welchs(seed, counts):
+    generator = np.random.default_rng(seed)
+    first, second = (generator.normal(size=count) for count in counts)
+    low, high = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    interval = welch_interval(first, second)
+    np.testing.assert_allclose((interval.low, interval.high), (low, high), rtol=1e-9)
+
+
+def test_seeds_that_do_not_vary_or_are_alone_settle_nothing():
+    for first in (np.array([1.0]), np.ones(3)):
+        assert verdict_of(welch_interval(first, np.zeros(3))) == "not settled"
+
+
+def test_a_handful_of_seeds_gives_few_false_verdicts():
+    """Two agents that are equally good, 3 seeds each: verdicts on a task are wrong in one of twenty at most."""
+    generator = np.random.default_rng(0)
+    drawn = generator.normal(size=(2000, 2, 3))
+    wrong = np.mean([verdict_of(welch_interval(*each)) != "not settled" for each in drawn])
+    assert wrong < 0.05
+
+
+def test_the_verdict_on_a_task_is_by_that_interval(preset, evaluated, written):
+    output, _ = written
+    comparison = read_comparison(preset, list(preset.cells(evaluated[0])), evaluated[1])
+    task = comparison.tasks["cartpole_swingup"]
+    wanted = welch_interval(task.scores("long"), task.scores("clone"))
+    for each in json.loads((output / "summary.json").read_text())["orderings"]:
+        if (each["better"], each["task"]) == ("long", "cartpole_swingup"):
+            assert each["difference"] == pytest.approx([wanted.value, wanted.low, wanted.high])
 
 
 def test_the_worth_of_context_is_found_and_tested_over_training_seeds(written):
@@ -133,4 +168,6 @@ def test_a_column_that_the_paper_does_not_have_is_refused():
     with pytest.raises(ValueError, match="no column 'ATT'; did you mean 'AT'"):
         PUBLISHED.of("cartpole_swingup", "ATT")
     assert PUBLISHED.of("walker_walk", "AT") is None
+    # Another task, though its name begins alike.
+    assert PUBLISHED.of("cartpole_swingup_sparse", "AT") is None
     assert PUBLISHED.text("cartpole_swingup", "oom") == ""
