@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,9 @@ StoreChoice = Literal["auto", "always", "never"]
 
 # Dotted paths of an entry point's configuration that change where episodes lie and how they are read, not what is read.
 DATA_MAY_DIFFER = ("data.root", "data.store", "data.store_from_megabytes", "data.relabel")
+
+# Who fills the folders whose names begin so: conf/explorer/.
+_EXPLORERS = {"policy_search": "policy_search", "noise": "noise", "uniform": "uniform", "rnd": "rnd_small"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,10 +190,7 @@ def _find_recording(config: DataConfig, task: str, *, progress: bool) -> _Record
     domain, _ = parse_task(task)
     folder = config.root / domain / config.algorithm
     if not (folder / "buffer").is_dir():
-        raise FileNotFoundError(
-            f"no data set at {folder}; collect one with `python datasets/exorl/collect.py task={task}`, fetch a "
-            f"published one with `python datasets/exorl/fetch.py {domain} rnd`, or set data.root and data.algorithm"
-        )
+        raise FileNotFoundError(f"no data set at {folder}; {_ways_to_get(config, task)}")
     buffer = folder / "buffer"
     every_path = list_episodes(buffer)
     store = _open_store(config, folder, every_path, progress=progress)
@@ -216,6 +217,21 @@ def _find_recording(config: DataConfig, task: str, *, progress: bool) -> _Record
             "relabel, or choose another data.algorithm"
         )
     return _Recording(folder, paths, store, indices, column, recorded)
+
+
+def _ways_to_get(config: DataConfig, task: str) -> str:
+    """Commands that fill the very folder that is missing."""
+    domain, algorithm = parse_task(task)[0], config.algorithm
+    explorer = next((each for name, each in _EXPLORERS.items() if f"{algorithm}_".startswith(f"{name}_")), None)
+    published, root = "rnd" if explorer else algorithm, shlex.quote(str(config.root))
+    ways = [
+        f"fetch a published one with `python datasets/exorl/fetch.py {domain} {published} --root {root}`",
+        "or set data.root and data.algorithm",
+    ]
+    if explorer:
+        chosen = f"task={task} explorer={explorer} algorithm={algorithm} root={root}"
+        ways.insert(0, f"collect one with `python datasets/exorl/collect.py {chosen}`")
+    return ", ".join(ways)
 
 
 def _open_store(config: DataConfig, folder: Path, paths: Sequence[Path], *, progress: bool) -> EpisodeStore | None:

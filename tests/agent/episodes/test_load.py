@@ -14,6 +14,7 @@ from ring_rl.agent.episodes.relabel_cache import RelabelConfig
 from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.config import to_mapping
 
+CONF = Path(__file__).parents[3] / "conf"
 SETTINGS = DataConfig(
     name="exorl",
     root=Path("to be set"),
@@ -83,9 +84,29 @@ def test_a_record_that_says_nothing_is_refused(data):
         load(data)
 
 
-def test_a_missing_set_names_the_commands(data):
-    with pytest.raises(FileNotFoundError, match=r"collect\.py task=walker_run.*fetch\.py walker rnd"):
-        load(data, "walker_run")
+@pytest.mark.parametrize(
+    ("algorithm", "explorer", "published"),
+    [
+        ("rnd", "rnd_small", "rnd"),
+        ("rnd_walker_run", "rnd_small", "rnd"),
+        ("noise_walker_run", "noise", "rnd"),
+        ("policy_search_walker_run", "policy_search", "rnd"),
+        ("proto", None, "proto"),
+    ],
+)
+def test_a_missing_set_names_the_commands_that_fill_its_folder(tmp_path, algorithm, explorer, published):
+    root = tmp_path / "my data"
+    with pytest.raises(FileNotFoundError, match="no data set at") as caught:
+        load(replace(SETTINGS, root=root, algorithm=algorithm), "walker_run")
+    message = str(caught.value)
+    collecting = (
+        f"`python datasets/exorl/collect.py task=walker_run explorer={explorer} algorithm={algorithm} root='{root}'`"
+    )
+    assert (collecting in message) is (explorer is not None)
+    assert ("collect.py" in message) is (explorer is not None)
+    assert f"`python datasets/exorl/fetch.py walker {published} --root '{root}'`" in message
+    if explorer is not None:
+        assert (CONF / "explorer" / f"{explorer}.yaml").is_file()
 
 
 def test_stored_columns_are_the_domains_tasks(data):
