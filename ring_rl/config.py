@@ -96,7 +96,8 @@ def describe_differences(
 def exit_on_bad_input() -> Iterator[None]:
     """For entry scripts: an expected error becomes one line on stderr and exit status 1.
 
-    ValueError, OSError (missing or existing files, a full disk) and ImportError print `error: <message>`.
+    ValueError, OSError (missing or existing files, a full disk), ImportError and FloatingPointError (a simulation that
+    became unstable) print `error: <message>`.
     Ctrl-C prints `interrupted`, and what the exception says, and exits with 130. `RING_RL_TRACEBACK=1` shows
     the full traceback as well.
     Under Hydra it belongs inside the decorated function, because Hydra catches what leaves it.
@@ -107,7 +108,7 @@ def exit_on_bad_input() -> Iterator[None]:
         _print_traceback_if_asked()
         print(": ".join(filter(None, ("interrupted", str(interrupt)))), file=sys.stderr)
         raise SystemExit(130) from None
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         _print_traceback_if_asked()
         message = " ".join(str(error).split()) or type(error).__name__
         if not _raised_by_ring_rl(error):

@@ -202,6 +202,14 @@ def test_expected_errors_become_one_line(error, capsys):
     assert captured.count("\n") == 1
 
 
+def test_an_unstable_simulation_becomes_one_line(capsys):
+    with pytest.raises(SystemExit), exit_on_bad_input():
+        raise FloatingPointError("the simulation became unstable; use another seed")
+    captured = capsys.readouterr().err
+    assert captured.startswith("error: the simulation became unstable; use another seed")
+    assert captured.count("\n") == 1
+
+
 def test_a_full_disk_becomes_one_line(capsys):
     with pytest.raises(SystemExit), exit_on_bad_input():
         raise OSError(errno.ENOSPC, "No space left on device", "runs/a")
