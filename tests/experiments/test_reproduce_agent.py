@@ -2,17 +2,23 @@
 
 import dataclasses
 import json
+import re
 import types
 from pathlib import Path
 
 import pytest
 import yaml
+from flax import nnx
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from ring_rl.agent.agents import SequenceAgentConfig, sequence_model_config
 from ring_rl.agent.exploration.collection import CollectionConfig
+from ring_rl.agent.model import make_model
 from ring_rl.agent.reproduction.evaluated import evaluate_cell
 from ring_rl.agent.reproduction.published import PublishedTable
+from ring_rl.agent.tokens import Normalisation
+from ring_rl.agent.work import model_flops
 from ring_rl.config import from_mapping, to_mapping
 from ring_rl.hydra_config import resolve
 
@@ -45,6 +51,27 @@ def test_every_cell_of_a_preset_is_a_training_that_can_be_configured(preset, loa
             mapping.pop("attention", None)
             config = from_mapping(config_class, mapping)
             assert (config.task, config.label) == (task, variant.label)
+
+
+def test_an_estimate_from_flops_is_no_less_than_they_take(preset, load_script):
+    """Evaluation comes on top, so a price that training alone exceeds is wrong."""
+    rate = re.search(r"estimated from FLOPs at (\d+) TFLOP/s( a GPU)?", preset.expectation)
+    if rate is None:
+        assert preset.expectation == "measured"
+        return
+    devices = int(preset.hardware.split()[0]) if rate[2] else 1
+    for variant in preset.variants.values():
+        mapping = composed("train_agent", [*preset.train, *variant.train])
+        if mapping["agent"]["name"] not in ("agentic_transformer", "decision_transformer"):
+            continue
+        agent = from_mapping(SequenceAgentConfig, mapping["agent"])
+        steps, batch_size = agent.chain.trajectories * 1000, mapping["batch"]["batch_size"]
+        model = sequence_model_config(
+            agent, episode_steps=1000, observation_dim=24, action_dim=6, normalisation=Normalisation.identity(24)
+        )
+        parameters = nnx.split(nnx.eval_shape(lambda model=model: make_model(model, nnx.Rngs(0))))[1]
+        flops = mapping["loop"]["steps"] * model_flops(model, parameters, batch_size=batch_size, steps=steps)
+        assert variant.expected_seconds >= flops / (devices * float(rate[1]) * 1e12), variant.label
 
 
 def test_every_collection_of_a_preset_can_be_configured(preset, tmp_path):
