@@ -254,6 +254,9 @@ def evaluate_agents(config: EvaluateAgentConfig) -> None:
         plot_in_context(tests, pictures[-1], title=task)
     if config.render:
         pictures += contact_sheet(config, task, shown[agents[0].label])
+    for stale in {config.output / name for name in OUTPUTS if name.endswith(".png")} - set(pictures):
+        # Of an evaluation that this one replaces.
+        stale.unlink(missing_ok=True)
     purpose = "" if protocol.purpose == "reporting" else ", tuning resets: for choosing settings, not for results"
     show(rows, f"returns of {protocol.episodes} episodes in a row, mean [95% interval]{purpose}")
     if tests:

@@ -65,7 +65,16 @@ def test_an_evaluation_leaves_table_csv_and_pictures(call_script, refused, run_d
     for name in (*(f"{each}.png" for each in pictures), "table.md"):
         assert (tmp_path / "out" / name).stat().st_size > 100
     # Devices that share the cache change rounding only, which a swinging pole makes more of; test_rollout is exact.
-    once_more = [f"output={tmp_path / 'shared'}", "cache_devices=4", "random_policy=false", "cleared_context=false"]
+    (tmp_path / "shared").mkdir()
+    # Of an earlier evaluation, which had a context to clear.
+    (tmp_path / "shared" / "in_context.png").write_bytes(b"stale")
+    once_more = [
+        f"output={tmp_path / 'shared'}",
+        "overwrite=true",
+        "cache_devices=4",
+        "random_policy=false",
+        "cleared_context=false",
+    ]
     call_script("evaluate_agent", f"runs=[{run_dir}]", *once_more, *PROTOCOL)
     shared = json.loads((tmp_path / "shared" / "summary.json").read_text())["scores"]["agentic_transformer"]
     assert shared["mean"]["mean"] == pytest.approx(summary["scores"]["agentic_transformer"]["mean"]["mean"], rel=0.1)
