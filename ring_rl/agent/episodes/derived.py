@@ -47,8 +47,13 @@ def signatures(paths: Sequence[Path]) -> Shaped[np.ndarray, " E"]:
 
 
 @contextmanager
-def exclusive(folder: Path, name: str) -> Iterator[None]:
+def exclusive(folder: Path, name: str, *, remedy: str) -> Iterator[None]:
     """Waits until no other process derives `name` from this data set; a process that dies gives the lock back.
+
+    Args:
+        folder: The data set's.
+        name: Of what is derived.
+        remedy: What to do, besides making the folder writable, where it is not.
 
     Raises:
         OSError: the folder cannot be written.
@@ -61,7 +66,8 @@ def exclusive(folder: Path, name: str) -> Iterator[None]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{name} cannot be written beside the data in {folder} ({error.strerror}); make the folder writable",
+            f"{name} cannot be written beside the data in {folder} ({error.strerror}); make the folder writable, "
+            f"or {remedy}",
         ) from None
     with file:
         try:

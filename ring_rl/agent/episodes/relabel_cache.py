@@ -94,7 +94,7 @@ def relabelled_rewards(
             f"pip install 'ring_rl[simulator]', or run `python datasets/exorl/relabel.py task={task}` where it is, "
             f"with the same data settings, and copy {path.parent.name}/ here"
         ) from None
-    with exclusive(folder, _FOLDER):
+    with exclusive(folder, _FOLDER, remedy="relabel a copy of it"):
         simulator = {name: version(name) for name in ("mujoco", "dm_control")}
         known = _read(path, task, simulator=simulator)  # rewards of two simulators are not mixed in one set
         missing = _lacking(known, signatures)

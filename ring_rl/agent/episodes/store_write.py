@@ -55,7 +55,7 @@ def make_store(folder: Path, *, progress: bool) -> EpisodeStore:
     store = open_store(folder)
     if store is not None:
         return store
-    with exclusive(folder, STORE_FOLDER):
+    with exclusive(folder, STORE_FOLDER, remedy="set data.store=never"):
         store = open_store(folder)  # another process may have made it meanwhile
         if store is not None:
             return store

@@ -318,6 +318,14 @@ def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatc
     assert not (folder / "store").exists()
 
 
+def test_a_folder_that_cannot_be_written_names_the_way_to_read_it_nevertheless(tmp_path):
+    folder = make_set(tmp_path)
+    (folder / ".store.lock").mkdir()  # root may write anything but this
+    with pytest.raises(OSError, match=r"store cannot be written beside the data .* or set data\.store=never"):
+        load(folder, store="always")
+    assert len(load(folder, store="never").trajectories) == 4
+
+
 def test_many_threads_read_at_once(tmp_path):
     folder = make_set(tmp_path, [5 + index % 7 for index in range(40)])
     stored, read = load(folder, store="always"), load(folder, store="never")
