@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,16 @@ class Comparison:
     def label(self, variant: str) -> str:
         """What tables call it."""
         return self.preset.variants[variant].label
+
+    def title_of(self, tasks: Collection[str]) -> str:
+        """What tables call so many tasks together; "all tasks" only if none of the preset's is missing."""
+        count, of = len(tasks), len(self.preset.tasks)
+        return "all tasks" if count == of else f"{count} of {of} tasks"
+
+    def remark(self, result: Result) -> str:
+        """What a table adds to a result that lacks training seeds; nothing for one that is complete."""
+        count, of = len(result.seeds), len(self.preset.seeds)
+        return "" if count == of else f" ({count} of {of} seeds)"
 
     def complete_variants(self) -> list[str]:
         """Those with a result on every task, in the preset's order."""

@@ -68,7 +68,7 @@ def ordering_table(
         }
         groups = {task: {task: each} for task, each in tasks.items()}
         if len(tasks) > 1:
-            groups["all tasks"] = tasks
+            groups[comparison.title_of(tasks)] = tasks
         for group, members in groups.items():
             first, second = (
                 {task: each.scores(variant) for task, each in members.items()} for variant in (better, worse)
@@ -134,7 +134,17 @@ def in_context_table(comparison: Comparison, *, flips: int) -> list[list[str]] |
                 flips=flips,
                 seed=0,
             )
-            rows.append([name, "all tasks", "", f"{over.difference:+.1f}", _units(over), f"{over.p_value:.3f}", ""])
+            rows.append(
+                [
+                    name,
+                    comparison.title_of(pairs),
+                    "",
+                    f"{over.difference:+.1f}",
+                    _units(over),
+                    f"{over.p_value:.3f}",
+                    "",
+                ]
+            )
     return rows if len(rows) > 1 else None
 
 

@@ -42,7 +42,10 @@ def plot_scores(comparison: Comparison, aggregates: Mapping[str, Aggregate], pat
             axes.errorbar(x, total.value, yerr=reach, color="0.2", capsize=2)
     axes.axvline(len(tasks) - 0.5, color="0.7", linewidth=0.8)
     axes.axhline(0, color="0.4", linewidth=0.8)
-    axes.set_xticks(range(len(tasks) + 1), [*(task.replace("_", "\n", 1) for task in tasks), "all tasks\n(mean)"])
+    axes.set_xticks(
+        range(len(tasks) + 1),
+        [*(task.replace("_", "\n", 1) for task in tasks), f"{comparison.title_of(tasks)}\n(mean)"],
+    )
     axes.set_ylabel("score: 0 random, 100 best of the data")
     axes.set_title(f"mean of {comparison.preset.protocol.episodes} episodes; points are training seeds")
     axes.grid(axis="y", alpha=0.3)

@@ -78,7 +78,7 @@ def write_report(
     }
     write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     figures = {f"{name}_iqm": f"{each.interquartile_mean.value:.1f}" for name, each in aggregates.items()}
-    held = [each["verdict"] for each in verdicts if each["task"] == "all tasks"]
+    held = [each["verdict"] for each in verdicts if each["task"] not in preset.tasks]
     return {
         **figures,
         "orderings_that_hold": f"{held.count('holds')}/{len(held)}",
@@ -96,7 +96,12 @@ def _returns_table(comparison: Comparison, rule: Rule, published: PublishedTable
     variants = list(comparison.preset.variants)
     rows = [["task", "random", *map(comparison.label, variants), "data, mean", "data, best"]]
     for task, each in comparison.tasks.items():
-        cells = [str(getattr(each.carried[name].scores, rule)) if name in each.carried else "" for name in variants]
+        cells = [
+            f"{getattr(each.carried[name].scores, rule)}{comparison.remark(each.carried[name])}"
+            if name in each.carried
+            else ""
+            for name in variants
+        ]
         rows.append([task, f"{each.scale.random:.0f}", *cells, f"{each.data_mean:.0f}", f"{each.scale.best:.0f}"])
         if published is not None:
             paper = [published.text(task, comparison.preset.variants[name].paper_column) for name in variants]
@@ -109,12 +114,20 @@ def _normalised_table(comparison: Comparison, aggregates: Mapping[str, Any]) -> 
     rows = [["task", *map(comparison.label, variants)]]
     for task, each in comparison.tasks.items():
         cells = [
-            f"{each.scale.estimate(each.carried[name].scores.mean):.1f}" if name in each.carried else ""
+            f"{each.scale.estimate(each.carried[name].scores.mean):.1f}{comparison.remark(each.carried[name])}"
+            if name in each.carried
+            else ""
             for name in variants
         ]
         rows.append([task, *cells])
-    for title, of in (("all tasks, mean", "mean"), ("all tasks, interquartile mean", "interquartile_mean")):
-        rows.append([title, *(str(getattr(aggregates[name], of)) if name in aggregates else "" for name in variants)])
+    together = comparison.title_of(comparison.tasks)
+    for title, of in (("mean", "mean"), ("interquartile mean", "interquartile_mean")):
+        rows.append(
+            [
+                f"{together}, {title}",
+                *(str(getattr(aggregates[name], of)) if name in aggregates else "" for name in variants),
+            ]
+        )
     return rows
 
 

@@ -143,6 +143,25 @@ def test_a_comparison_of_what_there_is_leaves_the_rest_empty(preset, evaluated, 
     assert by_task["cartpole_swingup"][3] != ""
 
 
+def test_what_is_missing_is_not_called_all(preset, evaluated, tmp_path):
+    """A task without a single cell, and an agent that lacks a training seed."""
+    runs, chance = evaluated
+    cells = [
+        cell
+        for cell in preset.cells(runs)
+        if cell.task == "cartpole_swingup" and (cell.variant, cell.seed) != ("clone", 2)
+    ]
+    figures = write_report(preset, cells, chance=chance, published=PUBLISHED, output=tmp_path / "results")
+    for table in ("table.md", "returns.md", "best.md", "last.md"):
+        by_task = {row[0]: row for row in rows_of(tmp_path / "results" / table)}
+        at = by_task["task"].index("clone")
+        assert by_task["cartpole_swingup"][at].endswith("(2 of 3 seeds)")
+        assert "seeds" not in by_task["cartpole_swingup"][at - 1]
+    assert "1 of 2 tasks, mean" in {row[0] for row in rows_of(tmp_path / "results" / "table.md")}
+    assert "all tasks" not in (tmp_path / "results" / "orderings.md").read_text()
+    assert figures["orderings_that_hold"] == "0/0"
+
+
 def test_cells_that_were_trained_on_different_data_are_refused(preset, evaluated):
     runs, chance = evaluated
     cells = list(preset.cells(runs))
