@@ -7,8 +7,12 @@ two conditions that meet the same reset at every (row, index):
     d = mean over episodes 2 .. n of (return with the context carried - return with it cleared before each episode)
 
 The first episode has no context in either condition; nor have those with which a full context began anew, which are
-left out, too. The same statistic between an agent trained on ascending chains
-and one trained on shuffled ones tells what the order of its training data is worth.
+left out, too. The same statistic between an agent trained on ascending chains and one trained on shuffled ones tells
+what the order of its training data is worth.
+
+A carried context also holds the index of the episode, and clearing it sets that back: an agent trained on ascending
+chains may gain by this clock alone. To one trained on shuffled chains the index says nothing of quality, so what
+carrying is worth to it comes from what it read.
 """
 
 import dataclasses

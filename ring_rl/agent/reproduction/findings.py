@@ -97,13 +97,19 @@ def ordering_table(
 
 
 def in_context_table(comparison: Comparison, *, flips: int) -> list[list[str]] | None:
-    """What the context is worth from the second episode on, by task and over all; None where nothing can be paired."""
+    """What the context is worth from the second episode on, by task and over all; None where nothing can be paired.
+
+    A carried context also tells an agent by its index that an episode is not the first, and one that was trained on
+    ascending chains imitates better episodes then, whatever it read. To one trained on shuffled chains the index says
+    nothing of quality: what carrying is worth to it, is worth to it by what it read.
+    """
     config = comparison.preset.in_context
     if config is None or comparison.preset.protocol.episodes < 2:
         return None
     carried, shuffled = config.carried, config.shuffled
     names = {
         "carried - cleared": f"{comparison.label(carried)}: context carried - cleared",
+        "shuffled, carried - cleared": f"{comparison.label(shuffled)}: context carried - cleared",
         "ascending - shuffled": f"{comparison.label(carried)} - {comparison.label(shuffled)}, both carried",
     }
     rows = [["comparison", "task", "difference in return", "normalised", "units", "p", "p, Holm over tasks"]]
@@ -111,7 +117,8 @@ def in_context_table(comparison: Comparison, *, flips: int) -> list[list[str]] |
         pairs = _pairs(comparison, kind, carried, shuffled)
         if not pairs:
             continue
-        held = comparison.tasks[next(iter(pairs))].carried[carried].context_episodes
+        acting = shuffled if kind.startswith("shuffled") else carried
+        held = comparison.tasks[next(iter(pairs))].carried[acting].context_episodes
         tests = {
             task: in_context_test(*pair, flips=flips, seed=0, context_episodes=held).main
             for task, pair in pairs.items()
@@ -153,8 +160,11 @@ def _pairs(
 ) -> dict[str, tuple[Float64[np.ndarray, "seeds rows episodes"], Float64[np.ndarray, "seeds rows episodes"]]]:
     pairs = {}
     for task, each in comparison.tasks.items():
-        first = each.carried.get(carried)
-        second = each.cleared.get(carried) if kind == "carried - cleared" else each.carried.get(shuffled)
+        first, second = {
+            "carried - cleared": (each.carried.get(carried), each.cleared.get(carried)),
+            "shuffled, carried - cleared": (each.carried.get(shuffled), each.cleared.get(shuffled)),
+            "ascending - shuffled": (each.carried.get(carried), each.carried.get(shuffled)),
+        }[kind]
         if first is not None and second is not None and first.seeds == second.seeds:
             pairs[task] = first.returns, second.returns
     return pairs

@@ -114,12 +114,18 @@ def test_the_verdict_on_a_task_is_by_that_interval(preset, evaluated, written):
 def test_the_worth_of_context_is_found_and_tested_over_training_seeds(written):
     output, _ = written
     rows = rows_of(output / "in_context.md")
-    carried = [row for row in rows if "carried - cleared" in row[0]]
+    carried, of_shuffled = (
+        [row for row in rows if row[0] == f"{label}: context carried - cleared"] for label in ("long", "shuffled")
+    )
     assert [row[1] for row in carried] == ["cartpole_swingup", "jaco_reach_top_left", "all tasks"]
     assert float(carried[0][2].split()[0]) == pytest.approx(20, abs=1.5)
     assert carried[0][4].startswith("3 training seeds")
     # 6 runs that all agree: 2^-5
     assert float(carried[-1][5]) == pytest.approx(2**-5, abs=1e-3)
+    # The agent without a clock gains nothing.
+    assert [row[1] for row in of_shuffled] == ["cartpole_swingup", "jaco_reach_top_left", "all tasks"]
+    assert all(abs(float(row[2].split()[0])) < 1.5 for row in of_shuffled[:-1])
+    assert float(of_shuffled[-1][5]) > 0.05
 
 
 def test_every_return_is_in_the_csv(written, preset):
