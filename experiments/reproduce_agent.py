@@ -50,12 +50,24 @@ class ReproduceAgentConfig:
 
 
 def run(*command: str) -> None:
-    """Runs a command of this repository, shown to the user; what fails stops everything, and can be gone on with."""
+    """Runs a command of this repository, shown to the user; what fails stops everything, and can be gone on with.
+
+    A terminal's Ctrl-C reaches the command as well: it is given the time to save what it has. A second one ends it.
+    """
     print(f"\n$ python {' '.join(command)}", flush=True)
-    finished = subprocess.run([sys.executable, str(REPOSITORY / command[0]), *command[1:]])
-    if finished.returncode:
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / command[0]), *command[1:]])
+    interrupted = False
+    # subprocess.run would kill it a quarter of a second after the signal.
+    while process.returncode is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        raise KeyboardInterrupt("the same command again goes on from here")
+    if process.returncode:
         raise ChildProcessError(
-            f"{command[0]} ended with exit code {finished.returncode}; the same command again goes on from here"
+            f"{command[0]} ended with exit code {process.returncode}; the same command again goes on from here"
         )
 
 
