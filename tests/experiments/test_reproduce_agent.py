@@ -9,6 +9,7 @@ import threading
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -204,9 +205,10 @@ def test_a_partial_comparison_evaluates_what_is_trained(finished, load_script):
 
 def test_an_agent_of_before_the_last_step_is_not_evaluated(finished):
     """Cut off between the last step's metrics and its checkpoint."""
-    agent = types.SimpleNamespace(step=5)
+    agent: Any = types.SimpleNamespace(step=5)
+    environments: Any = None
     with pytest.raises(ValueError, match="took 10 steps, its newest checkpoint is of step 5"):
-        evaluate_cell(finished.cells[0], agent, None, finished.preset.protocol)
+        evaluate_cell(finished.cells[0], agent, environments, finished.preset.protocol)
 
 
 @pytest.mark.simulator
