@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from ring_rl.config import from_mapping
 from ring_rl.hydra_config import resolve
 from ring_rl.training.dry_run import DryRun
+from ring_rl.training.tables import markdown_table
 
 SMALL = [
     "trajectories=[2]",
@@ -128,3 +129,28 @@ def test_bad_input_is_refused_in_one_line(call_script, refused, made_up, tmp_pat
     assert list(tmp_path.iterdir()) == []
     call_script("attention_memory", f"output={tmp_path}")
     assert "overwrite=true" in call()
+
+
+def test_the_committed_table_follows_from_its_figures_and_says_what_the_paper_says(script, composed, pytestconfig):
+    folder = pytestconfig.rootpath / "experiments" / "results" / "attention_memory"
+    config = from_mapping(script.AttentionMemoryConfig, composed("attention_memory"))
+    with (folder / "memory.csv").open() as file:
+        read = list(csv.DictReader(file))
+    rows = [
+        script.Row(
+            variant=row["attention"],
+            trajectories=int(row["trajectories"]),
+            tokens=int(row["tokens"]),
+            parameters=int(row["parameters"]),
+            needed_bytes=int(row["needed_bytes"]),
+        )
+        for row in read
+    ]
+    assert (folder / "table.md").read_text() == markdown_table(script.table_rows(config, rows))
+    # What is called vanilla there is what it was compiled as.
+    for row in read:
+        variant = config.variants[row["attention"]]
+        assert (row["strategy"], row["saved_activations"]) == (variant.strategy, variant.saved_activations)
+    verdicts = {(row.variant, str(row.trajectories)): row.verdict("A100 NVLink") for row in rows}
+    published = {(name, count): said for name, each in config.paper.items() for count, said in each.items()}
+    assert published.items() <= verdicts.items()
