@@ -5,10 +5,11 @@ was interrupted.
 """
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
+
+from ring_rl.child_process import run_to_its_end
 
 REPOSITORY = Path(__file__).parents[1]
 RUNS = Path("experiments/runs/demo")
@@ -23,9 +24,9 @@ AGENTS = {
 def run(*command: str) -> None:
     """Runs a command of this repository, shown to the user; stops the demo if it fails."""
     print(f"\n$ python {' '.join(command)}", flush=True)
-    finished = subprocess.run([sys.executable, *command], cwd=REPOSITORY)
-    if finished.returncode:
-        sys.exit(finished.returncode)
+    exit_code = run_to_its_end([sys.executable, *command], folder=REPOSITORY)
+    if exit_code:
+        sys.exit(exit_code)
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """The paper's table of agents from one command; conf/reproduce_agent.yaml documents every key."""
 
 import dataclasses
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from ring_rl.agent.reproduction.evaluated import stale_reason
 from ring_rl.agent.reproduction.plan import Cell, PresetConfig, training_groups
 from ring_rl.agent.reproduction.published import PublishedTable
 from ring_rl.agent.reproduction.settings import differing_settings
+from ring_rl.child_process import run_to_its_end
 from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 
@@ -50,24 +50,12 @@ class ReproduceAgentConfig:
 
 
 def run(*command: str) -> None:
-    """Runs a command of this repository, shown to the user; what fails stops everything, and can be gone on with.
-
-    A terminal's Ctrl-C reaches the command as well: it is given the time to save what it has. A second one ends it.
-    """
+    """Runs a command of this repository, shown to the user; what fails stops everything, and can be gone on with."""
     print(f"\n$ python {' '.join(command)}", flush=True)
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / command[0]), *command[1:]])
-    interrupted = False
-    # subprocess.run would kill it a quarter of a second after the signal.
-    while process.returncode is None:
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            interrupted = True
-    if interrupted:
-        raise KeyboardInterrupt("the same command again goes on from here")
-    if process.returncode:
+    exit_code = run_to_its_end([sys.executable, str(REPOSITORY / command[0]), *command[1:]])
+    if exit_code:
         raise ChildProcessError(
-            f"{command[0]} ended with exit code {process.returncode}; the same command again goes on from here"
+            f"{command[0]} ended with exit code {exit_code}; the same command again goes on from here"
         )
 
 
