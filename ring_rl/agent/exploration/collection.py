@@ -37,7 +37,7 @@ from ring_rl.agent.environments.domains import DOMAINS, parse_task
 from ring_rl.agent.episodes.exorl import EpisodeSet, read_episodes, write_episode
 from ring_rl.agent.episodes.relabel_cache import RelabelConfig
 from ring_rl.agent.exploration.card import card_facts, returns_of_every_task, write_card
-from ring_rl.agent.exploration.collection_record import claim_folder, recorded_indices, write_record
+from ring_rl.agent.exploration.collection_record import claim_folder, read_record, recorded_indices, write_record
 from ring_rl.agent.exploration.explorer_state import load_explorer_state, save_explorer_state
 from ring_rl.agent.exploration.explorers import (
     Explorer,
@@ -153,6 +153,9 @@ def collect(config: CollectionConfig, *, progress: bool) -> EpisodeSet:
     buffer = config.folder / "buffer"
     seconds = claim_folder(config.folder, _settings(config), reward_free=explorer.reward_free)
     missing = set(range(config.episodes)) - recorded_indices(buffer)
+    if not missing and read_record(config.folder).get("complete"):
+        # Its record says who made it; this process did not.
+        return read_episodes(buffer, max_episodes=None, progress=progress)
     start = time.monotonic()
     try:
         if missing:

@@ -15,7 +15,7 @@ from ring_rl.atomic_file import write_whole
 from ring_rl.config import describe_differences
 from ring_rl.training.provenance import git_commit, versions
 
-__all__ = ["claim_folder", "recorded_indices", "write_record"]
+__all__ = ["claim_folder", "read_record", "recorded_indices", "write_record"]
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any], *, reward_free: bool) -> float:
@@ -57,14 +57,23 @@ def recorded_indices(buffer: Path) -> set[int]:
     return {int(path.name.split("_")[1]) for path in buffer.glob("episode_*_*.npz")}
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `write_record` wrote; empty where it never did."""
+    path = folder / "collection.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def write_record(
     folder: Path, settings: Mapping[str, Any], *, reward_free: bool, episodes: EpisodeSet | None, seconds: float
 ) -> dict[str, Any]:
     """Writes `collection.json`, in place of an older one, and returns what it says.
 
     `rewards_recorded` names the task whose rewards the files carry, whoever explored; those of the domain's other
-    tasks are computed from the states.
+    tasks are computed from the states. `made_by` lists every version and commit that had a part in the set, `versions`
+    and `git_commit` are the last of them.
     """
+    maker = {"versions": versions("ring_rl", "dm_control", "mujoco", "numpy"), "git_commit": git_commit()}
+    earlier = read_record(folder).get("made_by", [])
     count = 0 if episodes is None else len(episodes.trajectories)
     record = {
         "settings": dict(settings),
@@ -74,8 +83,8 @@ def write_record(
         "episodes": count,
         "seconds": round(seconds, 1),
         "returns": None if episodes is None else dict(episodes.quantiles),
-        "versions": versions("ring_rl", "dm_control", "mujoco", "numpy"),
-        "git_commit": git_commit(),
+        **maker,
+        "made_by": [*(each for each in earlier if each != maker), maker],
     }
     write_whole(folder / "collection.json", json.dumps(record, indent=2) + "\n")
     return record

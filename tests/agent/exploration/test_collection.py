@@ -10,7 +10,7 @@ from ring_rl.agent.environments.batched_physics import BatchedPhysics
 from ring_rl.agent.environments.environment import make_environment, observations_of_states, rewards_of_states
 from ring_rl.agent.episodes.exorl import read_episode
 from ring_rl.agent.episodes.trajectory import merge_held_actions
-from ring_rl.agent.exploration import collection
+from ring_rl.agent.exploration import collection, collection_record
 from ring_rl.agent.exploration.collection import CollectionConfig, collect, make_explorer, play_batch
 from ring_rl.agent.exploration.ddpg import DDPGConfig
 from ring_rl.agent.exploration.explorers import NoiseConfig, UniformConfig
@@ -151,10 +151,24 @@ def test_a_missing_episode_in_the_middle_is_filled_in(tmp_path):
 def test_a_finished_collection_is_left_alone(tmp_path, monkeypatch):
     config = configuration(tmp_path, episodes=2)
     collect(config, progress=False)
-    before = contents(config)
+    before, record = contents(config), (config.folder / "collection.json").read_bytes()
     monkeypatch.setattr(collection, "BatchedPhysics", None)  # nothing may be simulated
+    monkeypatch.setattr(collection_record, "git_commit", lambda: "another")
     assert len(collect(config, progress=False).trajectories) == 2
     assert contents(config) == before
+    assert (config.folder / "collection.json").read_bytes() == record
+
+
+def test_all_who_had_a_part_in_a_set_are_named(tmp_path, monkeypatch):
+    config = configuration(tmp_path, episodes=3)
+    monkeypatch.setattr(collection_record, "git_commit", lambda: "first")
+    collect(config, progress=False)
+    next((config.folder / "buffer").glob("episode_000001_*")).unlink()
+    monkeypatch.setattr(collection_record, "git_commit", lambda: "second")
+    collect(config, progress=False)
+    record = collection_record.read_record(config.folder)
+    assert [each["git_commit"] for each in record["made_by"]] == ["first", "second"]
+    assert record["git_commit"] == "second"
 
 
 def test_seeds_differ_and_threads_do_not_matter(tmp_path):
