@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring_rl.agent.episodes.exorl import EpisodeSet
+from ring_rl.agent.episodes.episode_set import EpisodeSet
 from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.agent.td3_bc.transitions import ResidentStream, draw, transitions_of
 from ring_rl.training.mesh import MeshConfig, make_mesh

@@ -5,7 +5,7 @@ import optax
 import pytest
 from flax import nnx
 
-from ring_rl.agent.episodes.exorl import EpisodeSet
+from ring_rl.agent.episodes.episode_set import EpisodeSet
 from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.agent.td3_bc.losses import actor_loss, bellman_targets, critic_loss
 from ring_rl.agent.td3_bc.networks import TD3BC
