@@ -25,6 +25,9 @@ def main(cfg: DictConfig) -> None:
         settings = resolve(cfg)
         if settings["root"] is None:
             settings["root"] = str(Path(__file__).resolve().parent / "data")
+        if settings["algorithm"] is None:
+            name = settings["explorer"]["name"]
+            settings["algorithm"] = name if name == "rnd" else f"{name}_{settings['task']}"
         config = from_mapping(CollectionConfig, settings)
         episodes = collect(config, progress=True)
         quantiles = ", ".join(f"{name} {value:.0f}" for name, value in episodes.quantiles.items())
