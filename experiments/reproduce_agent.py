@@ -68,12 +68,13 @@ def collect(config: ReproduceAgentConfig) -> None:
             overrides = config.preset.collect[domain]
             run("datasets/exorl/collect.py", f"root={config.data_root}", *overrides)
         for task in tasks:
-            run("datasets/exorl/relabel.py", f"task={task}", f"data.root={config.data_root}", *data_overrides(config))
+            overrides = data_overrides(config.preset, task)
+            run("datasets/exorl/relabel.py", f"task={task}", *overrides, f"data.root={config.data_root}")
 
 
-def data_overrides(config: ReproduceAgentConfig) -> list[str]:
-    """Those of the training overrides that say which data set it is."""
-    return [each for each in config.preset.train if each.split("=")[0] in ("data", "data.algorithm")]
+def data_overrides(preset: PresetConfig, task: str) -> list[str]:
+    """Those of a task's training overrides that say which data are read."""
+    return [each for each in (*preset.train, *preset.tasks[task]) if each.startswith(("data=", "data."))]
 
 
 def train(config: ReproduceAgentConfig) -> None:

@@ -79,6 +79,14 @@ def test_an_estimate_from_flops_is_no_less_than_they_take(preset, load_script):
         assert variant.expected_seconds >= flops / (devices * float(rate[1]) * 1e12), variant.label
 
 
+def test_rewards_are_computed_for_the_very_data_that_are_trained_on(preset, load_script):
+    for task, overrides in preset.tasks.items():
+        script = load_script("reproduce_agent")
+        mapping = composed("relabel", [f"task={task}", *script.data_overrides(preset, task)])
+        trained = composed("train_agent", [*preset.train, *overrides, f"task={task}"])
+        assert mapping["data"] == trained["data"]
+
+
 def test_every_collection_of_a_preset_can_be_configured(preset, tmp_path):
     for domain, overrides in preset.collect.items():
         config = from_mapping(CollectionConfig, composed("collect", [*overrides, f"root={tmp_path}"]))

@@ -122,6 +122,11 @@ class PresetConfig:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
         if self.bootstrap_samples < 100:
             raise ValueError(f"bootstrap_samples must be at least 100, got {self.bootstrap_samples}")
+        if self.protocol.other_target_fractions:
+            raise ValueError(
+                "a comparison asks for one target, so protocol.other_target_fractions must be []; sweep targets with "
+                "experiments/evaluate_agent.py"
+            )
         named = [name for each in self.orderings for name in (each.better, each.worse)]
         if self.in_context is not None:
             named += [self.in_context.carried, self.in_context.shuffled]

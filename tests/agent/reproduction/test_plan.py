@@ -79,6 +79,12 @@ def test_presets_that_make_no_sense_are_refused(preset, changes, said):
         dataclasses.replace(preset, **changes)
 
 
+def test_a_comparison_asks_for_one_target(preset):
+    protocol = dataclasses.replace(preset.protocol, other_target_fractions=(0.5,))
+    with pytest.raises(ValueError, match="one target"):
+        dataclasses.replace(preset, protocol=protocol)
+
+
 def test_claims_about_variants_that_are_not_there_are_refused(preset):
     fewer = {name: each for name, each in preset.variants.items() if name != "shuffled"}
     with pytest.raises(ValueError, match="unknown variants shuffled"):
