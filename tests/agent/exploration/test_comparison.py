@@ -1,9 +1,11 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 
 pytest.importorskip("dm_control", reason="collecting needs the simulator: pip install 'ring_rl[simulator]'")
 
@@ -12,8 +14,11 @@ from ring_rl.agent.exploration.collection import CollectionConfig, collect
 from ring_rl.agent.exploration.comparison import ComparisonConfig, compare_explorers
 from ring_rl.agent.exploration.coverage import CoverageConfig
 from ring_rl.agent.exploration.explorers import NoiseConfig, UniformConfig
+from ring_rl.config import from_mapping
+from ring_rl.hydra_config import resolve
 
 pytestmark = pytest.mark.simulator
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +96,19 @@ def test_a_missing_set_says_how_to_collect_it(root, tmp_path):
 def test_bad_settings_are_refused(root, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         comparison(root, tmp_path, **changes)
+
+
+def test_the_configuration_is_whole():
+    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        config = from_mapping(ComparisonConfig, resolve(compose("compare_explorers", overrides=["domain=walker"])))
+    assert config.output == Path("experiments/results/exploration/walker")
+
+
+@pytest.mark.parametrize("domain", ["cartpole", "cheetah", "jaco", "walker"])
+def test_rnd_covers_more_than_uniform_actions_in_the_results(domain):
+    """Of the committed results: the least of rnd's resamples exceeds the greatest of uniform's, by both figures."""
+    with (REPOSITORY / "experiments" / "results" / "exploration" / domain / "coverage.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for figure in ("occupied_cells", "particle_entropy"):
+        least = min(float(row[figure]) for row in rows if row["set"] == "rnd")
+        assert least > max(float(row[figure]) for row in rows if row["set"] == "uniform")
