@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import signal
-import threading
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -117,28 +113,6 @@ def test_a_price_is_named_before_anything_starts(call_script, capsys, tmp_path):
     assert figures["cells"] == figures["left"]
     assert float(figures["hours_left"]) > 0
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_command_that_is_interrupted_may_save_what_it_has(load_script, tmp_path):
-    """A training saves the step it is at when Ctrl-C reaches it, which takes a while."""
-    command, saved = tmp_path / "command.py", tmp_path / "saved"
-    command.write_text(
-        "import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\ntime.sleep(1.5)\n"
-        "pathlib.Path(sys.argv[2]).touch()\n"
-    )
-
-    def interrupt():
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.01)
-        # The command is left to stand for one that heard the same signal and is saving.
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        load_script("reproduce_agent").run(str(command), str(tmp_path / "begun"), str(saved))
-    thread.join()
-    assert saved.exists()
 
 
 def test_a_command_that_fails_stops_the_rest(load_script, tmp_path):
