@@ -45,23 +45,6 @@ def test_commands_compose():
             compose(CONFIGS[script.stem], overrides=overrides)
 
 
-def test_links_lead_somewhere():
-    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", TEXT):
-        if target.startswith("http"):
-            continue
-        page = PAGE.parent / target if target else PAGE
-        assert page.exists(), target
-        if heading:
-            headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-            assert heading in {each.lower().replace(" ", "-") for each in headings}, heading
-
-
-def test_every_section_is_in_the_contents():
-    contents = TEXT[: TEXT.index("## ")]
-    for title in re.findall(r"^## (.*)$", TEXT, re.MULTILINE):
-        assert f"(#{title.lower().replace(' ', '-')})" in contents, title
-
-
 def row(key):
     """The choices that the table of variations lists for a key."""
     (choices,) = re.findall(rf"^\| `{re.escape(key)}`.*?\| (.*) \|$", TEXT, re.MULTILINE)
