@@ -21,6 +21,7 @@ from flax import nnx
 
 from ring_rl.agent.action_heads import ActionDistribution, ActionHead, ActionHeadConfig
 from ring_rl.agent.chain_batch import ChainBatch
+from ring_rl.agent.memoryless import MemorylessAgent
 from ring_rl.agent.td3_bc.networks import TD3BC, TD3BCConfig
 from ring_rl.agent.tokens import (
     Normalisation,
@@ -195,7 +196,7 @@ class BehaviourCloningConfig:
     normalisation: Normalisation
 
 
-class BehaviourCloning(nnx.Module):
+class BehaviourCloning(MemorylessAgent):
     """Imitates the actions of its data, blind to returns and to the past."""
 
     def __init__(self, config: BehaviourCloningConfig, *, rngs: nnx.Rngs):
@@ -211,33 +212,9 @@ class BehaviourCloning(nnx.Module):
         del dropout_key
         return self._distribution(parallel.constrain(batch.observations))
 
-    @property
-    def context_trajectories(self) -> int:
-        """One: there is no context to carry over."""
-        return 1
-
-    def begin(self, *, batch: int) -> tuple[()]:
-        """No memory."""
-        del batch
-        return ()
-
-    def act(
-        self, memory: tuple[()], now: ChainBatch, keys: Shaped[PRNGKeyArray, " B"] | None = None
-    ) -> tuple[Float[Array, "B A"], tuple[()]]:
-        """The action of one step, T = 1."""
-        return chosen(self._distribution(now.observations[:, 0]), keys), memory
-
-    def observe(self, memory: tuple[()], now: ChainBatch) -> tuple[()]:
-        """Remembers nothing."""
-        del now
-        return memory
-
-    def observe_and_act(
-        self, memory: tuple[()], past: ChainBatch, now: ChainBatch, keys: Shaped[PRNGKeyArray, " B"] | None = None
-    ) -> tuple[Float[Array, "B A"], tuple[()]]:
-        """`act`; there is nothing to remember."""
-        del past
-        return self.act(memory, now, keys)
+    def decide(self, observations: Float[Array, "B O"], keys: Shaped[PRNGKeyArray, " B"] | None) -> Float[Array, "B A"]:
+        """The mode, or with keys a draw."""
+        return chosen(self._distribution(observations), keys)
 
     def _distribution(self, observations: Float[Array, "*b O"]) -> ActionDistribution:
         x = self.config.normalisation.observations(observations)

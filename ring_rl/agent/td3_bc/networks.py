@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ring_rl.agent.chain_batch import ChainBatch
+from ring_rl.agent.memoryless import MemorylessAgent
 from ring_rl.agent.tokens import Normalisation
 from ring_rl.typing import Array, Float, PRNGKeyArray, Shaped
 
@@ -48,7 +48,7 @@ class Perceptron(nnx.Module):
         return last(x)
 
 
-class TD3BC(nnx.Module):
+class TD3BC(MemorylessAgent):
     """π(s) = tanh(f(s)) and Q₁(s, a), Q₂(s, a), of observations as they are recorded.
 
     As an agent it acts by π alone, without noise, and remembers nothing.
@@ -75,31 +75,7 @@ class TD3BC(nnx.Module):
         inputs = jnp.concatenate([self.config.normalisation.observations(observations), actions], axis=-1)
         return self.critics[critic](inputs)[..., 0]
 
-    @property
-    def context_trajectories(self) -> int:
-        """One: there is no context to carry over."""
-        return 1
-
-    def begin(self, *, batch: int) -> tuple[()]:
-        """No memory."""
-        del batch
-        return ()
-
-    def act(
-        self, memory: tuple[()], now: ChainBatch, keys: Shaped[PRNGKeyArray, " B"] | None = None
-    ) -> tuple[Float[Array, "B A"], tuple[()]]:
-        """The action of one step, T = 1; there is nothing to draw."""
+    def decide(self, observations: Float[Array, "B O"], keys: Shaped[PRNGKeyArray, " B"] | None) -> Float[Array, "B A"]:
+        """π(s); there is nothing to draw."""
         del keys
-        return self.actions(now.observations[:, 0]), memory
-
-    def observe(self, memory: tuple[()], now: ChainBatch) -> tuple[()]:
-        """Remembers nothing."""
-        del now
-        return memory
-
-    def observe_and_act(
-        self, memory: tuple[()], past: ChainBatch, now: ChainBatch, keys: Shaped[PRNGKeyArray, " B"] | None = None
-    ) -> tuple[Float[Array, "B A"], tuple[()]]:
-        """`act`; there is nothing to remember."""
-        del past
-        return self.act(memory, now, keys)
+        return self.actions(observations)
