@@ -2,7 +2,7 @@
 # make test   set up, then run the tests
 # make check  lint, format, types, import contracts
 # make bench, overlap, errors   measure the attention kernels: speed, hidden transfers, accuracy
-# make reproduce  the table of agents (an hour); make simulation, reader  what collecting and reading cost
+# make reproduce  the table of agents (two hours); make simulation, reader  what collecting and reading cost
 # Everything goes into .venv; nothing else on the machine is touched.
 
 # The newest Python that every dependency has wheels for comes first; any from 3.11 on will do.
