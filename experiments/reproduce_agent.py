@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -217,15 +217,15 @@ def reproduce(config: ReproduceAgentConfig) -> None:
     announce(config)
     if config.dry_run:
         return
-    stages: Sequence[tuple[Stage, object]] = (
-        ("collect", collect),
-        ("train", train),
-        ("evaluate", evaluate),
-        ("report", report),
-    )
-    for name, stage in stages:
+    stages: dict[Stage, Callable[[ReproduceAgentConfig], None]] = {
+        "collect": collect,
+        "train": train,
+        "evaluate": evaluate,
+        "report": report,
+    }
+    for name, stage in stages.items():
         if name in config.stages:
-            stage(config)  # pyright: ignore[reportCallIssue]
+            stage(config)
 
 
 @hydra.main(config_path="../conf", config_name="reproduce_agent", version_base="1.3")

@@ -60,15 +60,16 @@ def write_report(
     seeds = {
         f"{task}/{name}": len(each.seeds) for task, of in comparison.tasks.items() for name, each in of.carried.items()
     }
+    evaluations = [json.loads(cell.evaluation.read_text()) for cell in cells]
     summary = {
         "preset": to_mapping(preset),
         "cells": len(cells),
         "cells_of_the_preset": len(preset.variants) * len(preset.tasks) * len(preset.seeds),
         "training_seeds": seeds,
-        "commits": sorted({json.loads(cell.evaluation.read_text())["commit"] or "unknown" for cell in cells}),
+        "commits": sorted({each["commit"] or "unknown" for each in evaluations}),
         "report_commit": git_commit(),
-        "devices": sorted({json.loads(cell.evaluation.read_text())["device"] for cell in cells}),
-        "versions": json.loads(cells[0].evaluation.read_text())["versions"],
+        "devices": sorted({each["device"] for each in evaluations}),
+        "versions": evaluations[0]["versions"],
         "data": {
             task: {"best": each.scale.best, "mean": each.data_mean, "random": each.scale.random}
             for task, each in comparison.tasks.items()
