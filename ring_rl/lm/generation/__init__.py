@@ -1,0 +1,1 @@
+"""What `ring_rl.lm.generate` is made of."""
