@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3 p
 BIN := .venv/bin
 # Any torch will do; this one is small where its file is at hand.
 TORCH ?= torch==2.13.0
-INSTALL := --constraint constraints.txt --editable '.[simulator,minari,cluster,development]'
+INSTALL := --constraint constraints.txt --editable '.[simulator,minari,cluster,lm,development]'
 
 .PHONY: demo test check format setup constraints memory engine simulation reader reproduce bench overlap errors figures clean
 
@@ -89,7 +89,7 @@ setup: .venv/ready
 
 # Exact versions for every supported Python, from pyproject.toml.
 constraints: setup
-	$(BIN)/uv pip compile pyproject.toml --extra simulator --extra minari --extra cluster --extra development \
+	$(BIN)/uv pip compile pyproject.toml --extra simulator --extra minari --extra cluster --extra lm --extra development \
 	  --universal --python-version 3.11 --no-header --no-annotate --upgrade --quiet --output-file constraints.txt
 
 clean:
