@@ -7,17 +7,17 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ring_rl.lm.generation.prompts import check_prompts, prompt_chunks
 from ring_rl.lm.generation.sampling import GREEDY, Sampling
-from ring_rl.lm.generation.steps import GenerationSteps, compiled_steps
-from ring_rl.lm.generation.table import Table, groups_of_like_length
+from ring_rl.lm.generation.steps import Drawn, compiled_steps
 from ring_rl.lm.model import LanguageModel
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.typing import Float32, Int32, PRNGKeyArray
+from ring_rl.typing import Bool, Float32, Int32, PRNGKeyArray
 
 __all__ = ["GREEDY", "Generation", "Generator", "Sampling", "generate"]
 
 CHECK_EVERY = 8
-"""Steps between two looks at what was drawn: each waits for the device, which else is told the next steps ahead."""
+"""New tokens between two looks at them: each look waits for the device, which else is told its next steps ahead."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +44,9 @@ class Generator:
             one device.
         chunk_size: Tokens of a prompt that are read at once. Larger is faster until the device is busy; the
             activations of a chunk are what reading needs beside the cache.
+
+    Raises:
+        ValueError: `chunk_size` is less than 1.
     """
 
     def __init__(self, model: LanguageModel, *, parallel: SequenceParallel | None, chunk_size: int):
@@ -63,7 +66,7 @@ class Generator:
         max_length: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Generation:
-        """As `generate`; `on_progress` is called with how many positions are done, and of how many."""
+        """As `generate`; `on_progress` is called with how many tokens of the longest row are done, and of how many."""
         prompts = [np.asarray(prompt) for prompt in prompts]
         check_prompts(
             prompts,
@@ -73,51 +76,28 @@ class Generator:
         )
         if sampling.temperature > 0.0 and key is None:
             raise ValueError(f"sampling.temperature={sampling.temperature} draws at random and needs a key")
-        key = jax.random.key(0) if key is None else key
+        report = on_progress or (lambda done, total: None)
         steps = compiled_steps(self._config, sampling, self._parallel)
-        tables = {
-            tuple(group): Table([prompts[row] for row in group], max_new_tokens=max_new_tokens, stop_ids=stop_ids)
-            for group in groups_of_like_length([len(prompt) for prompt in prompts])
-        }
-        done, total = 0, sum(table.positions for table in tables.values())
-        written = {}
-        for group, table in tables.items():
-            before = done
-
-            def advanced(position: int, before: int = before) -> None:
-                if on_progress is not None:
-                    on_progress(before + position, total)
-
-            self._fill(table, steps, key, np.array(group, np.uint32), advanced)
-            done += table.positions
-            advanced(table.positions)
-            written |= dict(zip(group, table.rows(), strict=True))
-        rows = [written[row] for row in range(len(prompts))]
-        return Generation(*(tuple(row[field] for row in rows) for field in range(3)))
-
-    def _fill(
-        self,
-        table: Table,
-        steps: GenerationSteps,
-        key: PRNGKeyArray,
-        rows: np.ndarray,
-        advanced: Callable[[int], None],
-    ) -> None:
-        """Reads the prompts of a table and writes after them."""
-        cache = steps.begin(len(rows), steps.slots(table.positions))
-        drawn, waiting = np.zeros(len(rows), np.int32), []
-        for start, stop in table.pieces(chunk_size=self._chunk_size):
-            drawn, log_probability, cache = steps.read(
-                self._parameters, cache, table.read(start, stop), drawn, key, rows, table.counts(stop)
-            )
-            waiting.append((stop, drawn, log_probability))
-            if len(waiting) == CHECK_EVERY or stop == table.positions:
-                for each in jax.device_get(waiting):
-                    table.write(*each)
-                waiting = []
-                advanced(stop)
-                if table.complete():
-                    return
+        chunks, longest = prompt_chunks(prompts, chunk_size=self._chunk_size), max(map(len, prompts))
+        size, total = chunks[0].tokens.shape[1], longest + max_new_tokens
+        key = jax.random.key(0) if key is None else key
+        # The last token that is written need not be read; what stands after the end of a prompt is.
+        cache, drawn = steps.begin(len(prompts), steps.slots(max(len(chunks) * size, total - 1)))
+        for index, chunk in enumerate(chunks, start=1):
+            drawn, cache = steps.read(self._parameters, cache, chunk, drawn, key)
+            jax.block_until_ready(drawn)
+            report(min(index * size, longest), total)
+        columns, waiting = [], [drawn]
+        for number in range(1, max_new_tokens):
+            if len(waiting) == CHECK_EVERY:
+                columns, waiting = columns + jax.device_get(waiting), []
+                report(longest + number, total)
+                if _stops(columns, stop_ids).any(axis=1).all():
+                    break
+            drawn, cache = steps.write(self._parameters, cache, drawn, key, np.uint32(number))
+            waiting.append(drawn)
+        report(total, total)
+        return _generation(columns + jax.device_get(waiting), stop_ids)
 
 
 def generate(
@@ -132,14 +112,14 @@ def generate(
     stop_ids: Sequence[int] = (),
     max_length: int | None = None,
 ) -> Generation:
-    """What `model` writes after each of `prompts`, whatever their lengths.
+    """What `model` writes after each of `prompts`, of any lengths, all of them at once.
 
     Greedily that is, token by token, the argmax of the model on everything before. A prompt's draws depend on `key`
     and its place among the prompts: not on what the others are, nor on the ring, nor on `chunk_size`.
 
-    Cost: one forward pass over the longest prompt in chunks, then one step for each new token and for each token by
-    which prompts that are read together differ in length. Memory: the cache, 2 · layers · K · D numbers a token, of
-    which each device that shares it holds its part, and a copy of the weights on each of them.
+    Cost: a forward pass over the longest prompt for every row, then a step a new token; prompts of like length, and
+    whole chunks, waste least. Memory: the cache, 2 · layers · K · D numbers a token and row, of which each device that
+    shares it holds its part, and a copy of the weights on each of them.
 
     Args:
         model: As trained or loaded.
@@ -166,27 +146,19 @@ def generate(
     )
 
 
-def check_prompts(
-    prompts: Sequence[np.ndarray], *, vocabulary_size: int, max_new_tokens: int, max_length: int | None
-) -> None:
-    """Raises ValueError for what `generate` cannot read."""
-    if not prompts:
-        raise ValueError("no prompts; give at least one")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    for index, prompt in enumerate(prompts):
-        if prompt.ndim != 1 or not np.issubdtype(prompt.dtype, np.integer):
-            raise ValueError(f"prompt {index} must be token ids [tokens], got {prompt.dtype}{list(prompt.shape)}")
-        if not len(prompt):
-            raise ValueError(f"prompt {index} is empty; begin it with a token, such as the tokenizer's bos_id")
-        if prompt.min() < 0 or prompt.max() >= vocabulary_size:
-            wrong = prompt[(prompt < 0) | (prompt >= vocabulary_size)][0]
-            raise ValueError(
-                f"prompt {index} holds token {wrong}, but the model's vocabulary has {vocabulary_size}; "
-                "use the tokenizer that it was trained with"
-            )
-        if max_length is not None and len(prompt) + max_new_tokens > max_length:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens, and {max_new_tokens} new ones make more than "
-                f"{max_length}; shorten it, or lower max_new_tokens to {max(max_length - len(prompt), 0)}"
-            )
+def _generation(columns: Sequence[Drawn], stop_ids: Sequence[int]) -> Generation:
+    """Every row up to its first stop token."""
+    tokens_BT = np.stack([column.tokens for column in columns], axis=1)
+    log_probabilities_BT = np.stack([column.log_probabilities for column in columns], axis=1)
+    stops_BT = _stops(columns, stop_ids)
+    stopped_B = stops_BT.any(axis=1)
+    lengths = np.where(stopped_B, stops_BT.argmax(axis=1), len(columns))
+    return Generation(
+        tuple(row[:length] for row, length in zip(tokens_BT, lengths, strict=True)),
+        tuple(row[:length] for row, length in zip(log_probabilities_BT, lengths, strict=True)),
+        tuple(stopped_B.tolist()),
+    )
+
+
+def _stops(columns: Sequence[Drawn], stop_ids: Sequence[int]) -> Bool[np.ndarray, "B T"]:
+    return np.isin(np.stack([column.tokens for column in columns], axis=1), stop_ids)

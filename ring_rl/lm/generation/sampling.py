@@ -36,10 +36,10 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0, top_k=None, top_p=None)
 
 
-def row_keys(key: PRNGKeyArray, rows: Int[Array, " B"], counts: Int[Array, " B"]) -> Shaped[PRNGKeyArray, " B"]:
-    """A key for each row's token number `counts`, which depends on nothing but these two numbers and `key`."""
-    fold = lambda row, count: jax.random.fold_in(jax.random.fold_in(key, row), count)  # noqa: E731
-    return jax.vmap(fold)(rows.astype(jnp.uint32), counts.astype(jnp.uint32))
+def row_keys(key: PRNGKeyArray, rows: int, number: Int[Array, ""] | int) -> Shaped[PRNGKeyArray, " rows"]:
+    """A key for the new token `number` of each row, which depends on nothing else than `key` and these two."""
+    fold = lambda row: jax.random.fold_in(jax.random.fold_in(key, row), number)  # noqa: E731
+    return jax.vmap(fold)(jnp.arange(rows))
 
 
 def draw(

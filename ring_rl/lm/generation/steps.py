@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,19 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ring_rl.kernels.decode import DEFAULT_SLOT_BLOCK
+from ring_rl.lm.generation.prompts import Chunk
 from ring_rl.lm.generation.sampling import Sampling, draw, row_keys
-from ring_rl.lm.generation.table import DRAWN
 from ring_rl.lm.model import LanguageModel, LanguageModelConfig
 from ring_rl.nn.kv_cache import KVCache
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.typing import Array, PRNGKeyArray, PyTree
+from ring_rl.typing import Array, Float32, Int32, PRNGKeyArray, PyTree
+
+
+class Drawn(NamedTuple):
+    """A token for each row, and its log-probability."""
+
+    tokens: Int32[Array, " B"]
+    log_probabilities: Float32[Array, " B"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,18 +32,22 @@ class GenerationSteps:
     """What a model of one configuration computes while it writes; its parameters are arguments.
 
     Attributes:
-        prepare: parameters as trained -> parameters as `read` takes them, on every device.
+        prepare: parameters as trained -> parameters as the others take them, on every device.
         slots: tokens -> the cache slots to make room for them, rounded so that few sizes are compiled.
-        begin: (rows, slots) -> an empty cache of so many slots on all devices together.
-        read: (parameters, cache, tokens [B T], drawn [B], key, rows [B], counts [B]) -> (next token [B], its
-            log-probability [B], cache), drawn with `row_keys(key, rows, counts)`. Where `tokens` says `DRAWN`, `drawn`
-            is read. The cache is donated.
+        begin: (rows, slots) -> (an empty cache of so many slots on all devices together, nothing drawn yet).
+        read: (parameters, cache, chunk, drawn, key) -> (drawn, cache). Reads a `Chunk` of prompts and draws each row's
+            first token; a row that has none in this chunk keeps what it had drawn.
+        write: (parameters, cache, drawn, key, number) -> (drawn, cache). Reads what was drawn and draws each row's
+            new token of that number.
+
+    Caches are donated. Row i draws its token `number` with `row_keys(key, ...)[i]`.
     """
 
     prepare: Callable[[PyTree], PyTree]
     slots: Callable[[int], int]
-    begin: Callable[[int, int], KVCache]
-    read: Callable[..., tuple[Array, Array, KVCache]]
+    begin: Callable[[int, int], tuple[KVCache, Drawn]]
+    read: Callable[..., tuple[Drawn, KVCache]]
+    write: Callable[..., tuple[Drawn, KVCache]]
 
 
 @functools.lru_cache(maxsize=16)
@@ -53,41 +65,52 @@ def compiled_steps(
     devices = 1 if parallel is None else parallel.sequence_devices
     axis_name = None if parallel is None or devices == 1 else parallel.sequence_axis
 
-    def on_mesh(step: Callable, inputs: tuple, outputs) -> Callable:
+    def on_mesh(step: Callable, inputs: tuple, outputs: object) -> Callable:
         if parallel is None or axis_name is None:
             return step
         return jax.shard_map(step, mesh=parallel.mesh, in_specs=inputs, out_specs=outputs)
 
-    def begin(rows: int, slots: int) -> KVCache:
-        like = jax.eval_shape(lambda: trained.begin(batch=rows, capacity=1))
-        return like.emptied(capacity=slots // devices, axis_name=axis_name, slot_block=DEFAULT_SLOT_BLOCK)
+    def empty(rows: int, slots: int) -> KVCache:
+        like = jax.eval_shape(lambda: trained.begin(batch=rows, capacity=1).with_row_lengths())
+        return like.emptied(capacity=slots, axis_name=axis_name, slot_block=DEFAULT_SLOT_BLOCK)
+
+    specs = jax.eval_shape(lambda: empty(1, 1)).specs(axis_name)
+
+    def drawn_next(
+        parameters: PyTree, cache: KVCache, tokens_BT: Array, counts_B: Array | None, key: PRNGKeyArray, number: Array
+    ) -> tuple[Drawn, KVCache]:
+        model = nnx.merge(graphdef, parameters)
+        logits_BV, cache = model.decode(tokens_BT, cache, counts=counts_B)
+        return Drawn(*draw(logits_BV, sampling, row_keys(key, logits_BV.shape[0], number))), cache
 
     def read(
-        parameters: PyTree,
-        cache: KVCache,
-        tokens_BT: Array,
-        drawn_B: Array,
-        key: PRNGKeyArray,
-        rows_B: Array,
-        counts_B: Array,
-    ) -> tuple[Array, Array, KVCache]:
-        tokens_BT = jnp.where(tokens_BT == DRAWN, drawn_B[:, None], tokens_BT)
-        logits_BV, cache = nnx.merge(graphdef, parameters).decode(tokens_BT, cache)
-        token_B, log_probability_B = draw(logits_BV, sampling, row_keys(key, rows_B, counts_B))
-        return token_B, log_probability_B, cache
+        parameters: PyTree, cache: KVCache, chunk: Chunk, drawn: Drawn, key: PRNGKeyArray
+    ) -> tuple[Drawn, KVCache]:
+        fresh, cache = drawn_next(parameters, cache, chunk.tokens, chunk.counts, key, jnp.uint32(0))
+        return jax.tree.map(lambda new, old: jnp.where(chunk.counts > 0, new, old), fresh, drawn), cache
 
-    memory = KVCache(layers=P(None, None, axis_name), length=P())  # pyright: ignore[reportArgumentType]
+    def write(
+        parameters: PyTree, cache: KVCache, drawn: Drawn, key: PRNGKeyArray, number: Array
+    ) -> tuple[Drawn, KVCache]:
+        return drawn_next(parameters, cache, drawn.tokens[:, None], None, key, number)
+
     everywhere = None if parallel is None or axis_name is None else NamedSharding(parallel.mesh, P())
     prepare = jax.jit(
         lambda parameters: nnx.split(_unstacked(nnx.merge(trained_graphdef, parameters)))[1], out_shardings=everywhere
     )
+
+    def begin(rows: int, slots: int) -> tuple[KVCache, Drawn]:
+        nothing = Drawn(jnp.zeros(rows, jnp.int32), jnp.zeros(rows, jnp.float32))
+        return on_mesh(lambda: (empty(rows, slots // devices), nothing), (), (specs, P()))()
+
     return GenerationSteps(
         prepare=lambda parameters: prepare(
             parameters if everywhere is None else jax.device_put(parameters, everywhere)
         ),
         slots=functools.partial(rounded_slots, unit=devices * DEFAULT_SLOT_BLOCK),
-        begin=jax.jit(lambda rows, slots: on_mesh(lambda: begin(rows, slots), (), memory)(), static_argnums=(0, 1)),
-        read=jax.jit(on_mesh(read, (P(), memory, P(), P(), P(), P(), P()), (P(), P(), memory)), donate_argnums=1),
+        begin=jax.jit(begin, static_argnums=(0, 1)),
+        read=jax.jit(on_mesh(read, (P(), specs, P(), P(), P()), (P(), specs)), donate_argnums=1),
+        write=jax.jit(on_mesh(write, (P(), specs, P(), P(), P()), (P(), specs)), donate_argnums=1),
     )
 
 
