@@ -12,7 +12,10 @@ from ring_rl.nn.kv_cache import LayerCache
 from ring_rl.nn.logical_axes import named
 from ring_rl.nn.parallel import LocalParallel
 from ring_rl.nn.rotary import rotate
-from ring_rl.typing import Array, Float, Int
+from ring_rl.nn.short_memory import TokensBack, tokens_back, tokens_back_decoding
+from ring_rl.nn.token_context import TokenContext
+from ring_rl.nn.transformer_config import TransformerConfig
+from ring_rl.typing import Array, Bool, Float, Int
 
 # Up to so many new tokens are decoded against the whole cache at once.
 FEW_TOKENS = 16
@@ -25,69 +28,89 @@ class Attention(nnx.Module):
     Decoding runs the new tokens against a cache and gives the same numbers.
     """
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        query_heads: int,
-        key_value_heads: int,
-        head_dim: int,
-        rotary_base: float,
-        window: int | None,
-        block_size: int,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.head_dim, self.rotary_base, self.block_size = head_dim, rotary_base, block_size
-        self.mask = Mask(causal=True, window=window)
-        projection = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.head_dim, self.block_size = config.head_dim, config.attention_block_size
+        self.mask = Mask(causal=True, window=config.attention_window)
+        width, H, K, D = config.width, config.query_heads, config.key_value_heads, config.head_dim
+        projection = partial(nnx.Linear, use_bias=False, dtype=jnp.dtype(config.compute_dtype), rngs=rngs)
         inwards, outwards = named("width", "heads"), named("heads", "width")
-        self.query = projection(width, query_heads * head_dim, kernel_metadata=inwards)
-        self.key = projection(width, key_value_heads * head_dim, kernel_metadata=inwards)
-        self.value = projection(width, key_value_heads * head_dim, kernel_metadata=inwards)
-        self.out = projection(query_heads * head_dim, width, kernel_metadata=outwards)
+        self.query = projection(width, H * D, kernel_metadata=inwards)
+        self.key = projection(width, K * D, kernel_metadata=inwards)
+        self.value = projection(width, K * D, kernel_metadata=inwards)
+        self.out = projection(H * D, width, kernel_metadata=outwards)
+        aids = config.retrieval
+        self.key_shift = self.query_scale = None
+        if aids is None:
+            return
+        if aids.key_shift:
+            self.key_shift = nnx.Param(jnp.full(K, aids.key_shift_initial, jnp.float32), **named("heads"))
+        if aids.length_scaled_queries:
+            self.query_scale = nnx.Param(jnp.full(H, aids.length_scale_initial, jnp.float32), **named("heads"))
+        if aids.keys_start_as_queries:
+            first_of_group = self.query.kernel[...].reshape(width, K, H // K, D)[:, :, 0]
+            self.key.kernel[...] = first_of_group.reshape(width, K * D)
 
     def __call__(
         self,
         x: Float[Array, "B T M"],
-        positions: Int[Array, "B T"],
-        segment_ids: Int[Array, "B T"] | None,
+        context: TokenContext,
         parallel: LocalParallel,
+        *,
+        turns: bool | Bool[Array, ""] = True,
     ) -> Float[Array, "B T M"]:
-        """Attention of this device's tokens, inside `jax.shard_map`; weights hold this device's heads."""
-        q, k, v = self._project(x, positions)
+        """Attention of this device's tokens, inside `jax.shard_map`; weights hold this device's heads.
+
+        `turns` says whether queries and keys turn with their positions.
+        """
+        k = self._heads(self.key(x))
+        if self.key_shift is not None:
+            k = self._shifted(tokens_back(k, 1, context, parallel))
+        q, k = self._placed(self._heads(self.query(x)), k, context, turns)
         dense = parallel.strategy == "dense"
         axes = () if dense else parallel.sequence_axes
         out = attention(
             q,
             k,
-            v,
+            self._heads(self.value(x)),
             axis_name=axes or None,
             mask=self.mask,
             layout=parallel.layout,
             strategy=parallel.strategy if axes or dense else "blockwise",
-            segment_ids=segment_ids,
+            segment_ids=context.segment_ids,
             log_sum_exp_gradient=False,
             block_size=self.block_size,
         ).out
         return parallel.sum_over_tensor_axis(self._merge_heads(out))
 
     def decode(
-        self, x: Float[Array, "B T M"], positions: Int[Array, "1 T"], cache: LayerCache
+        self,
+        x: Float[Array, "B T M"],
+        context: TokenContext,
+        cache: LayerCache,
+        *,
+        turns: bool = True,
+        counts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T M"], LayerCache]:
         """Attention of T new tokens to everything in the cache and to one another; the cache with them added.
 
         A few tokens cost what the cache's capacity says, however much of it is filled: let it grow as it fills.
         """
-        q, k, v = self._project(x, positions)
-        cache = cache.write(k, v, positions[0, 0])
+        k = self._heads(self.key(x))
+        if self.key_shift is not None:
+            assert cache.last_keys is not None
+            back, last_keys = tokens_back_decoding(k, cache.last_keys, counts)
+            k, cache = self._shifted(back), cache.replace(last_keys=last_keys)
+        q, k = self._placed(self._heads(self.query(x)), k, context, turns)
+        # One number where all rows agree.
+        length = context.positions[:, 0] if len(context.positions) > 1 else context.positions[0, 0]
+        cache = cache.write(k, self._heads(self.value(x)), length)
         # A few tokens read the cache in one product, whose memory is small: tile by tile costs several times as much.
         tile_size = cache.k.shape[2] if x.shape[1] <= FEW_TOKENS else DEFAULT_TILE_SIZE
         out = decode_attention(
             q,
             cache.k,
             cache.v,
-            length=positions[0, 0],
+            length=length,
             mask=self.mask,
             axis_name=cache.axis_name,
             slot_block=cache.slot_block,
@@ -95,11 +118,24 @@ class Attention(nnx.Module):
         )
         return self._merge_heads(out), cache
 
-    def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)  # noqa: E731
-        q = rotate(heads(self.query(x)), positions, base=self.rotary_base)
-        k = rotate(heads(self.key(x)), positions, base=self.rotary_base)
-        return q, k, heads(self.value(x))
+    def _shifted(self, back: TokensBack) -> Float[Array, "B T K D"]:
+        """Keys mixed with those of the token before, before they turn."""
+        assert self.key_shift is not None
+        own, previous, share_K1 = back(0), back(1), self.key_shift[...][:, None]
+        return ((1 - share_K1) * own + share_K1 * previous).astype(own.dtype)
+
+    def _placed(self, q: Array, k: Array, context: TokenContext, turns: bool | Array) -> tuple[Array, Array]:
+        """Queries and keys that know their positions."""
+        if context.rotation is not None and turns is not False:
+            turned = rotate(q, context.rotation), rotate(k, context.rotation)
+            q, k = turned if turns is True else (jnp.where(turns, y, x) for y, x in zip(turned, (q, k), strict=True))
+        if self.query_scale is not None:
+            log_bT11 = jnp.log(context.positions.astype(jnp.float32) + 2.0)[:, :, None, None]
+            q = (q * (self.query_scale[...][:, None] * log_bT11)).astype(q.dtype)
+        return q, k
+
+    def _heads(self, y: Array) -> Array:
+        return y.reshape(*y.shape[:2], -1, self.head_dim)
 
     def _merge_heads(self, out_BTHD: Array) -> Array:
         return self.out(out_BTHD.reshape(*out_BTHD.shape[:2], -1))

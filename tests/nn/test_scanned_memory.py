@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from ring_rl.nn.saved_activations import rematerialised
+from ring_rl.nn.token_context import token_context
 from ring_rl.nn.weights import gathered, weight_specs, without_first_dimension
 
 LAYERS, UNROLLED_LAYERS, TOKENS, RING_SIZE = 6, 2, 4096, 2
@@ -23,9 +24,11 @@ def unrolled(model, x, positions, parallel, segment_ids):
     layer_specs = without_first_dimension(specs)
 
     def run(blocks, x, positions, segment_ids):
+        context = token_context(model.config, positions, segment_ids, local)
+
         def layer(x, shards):
             block = nnx.merge(definition, gathered(shards, layer_specs, local, dtype=jnp.dtype("float32")))
-            return block(x, positions, segment_ids, local)
+            return block(x, context, local)
 
         for index in range(model.config.layers):
             shards = jax.tree.map(lambda x, index=index: x[index], blocks)

@@ -112,7 +112,7 @@ def test_bad_sizes_name_the_rule(transformers):
     config = transformers.config
     with pytest.raises(ValueError, match=r"query_heads=4 must be a multiple of key_value_heads=3"):
         config(key_value_heads=3)
-    with pytest.raises(ValueError, match=r"head_dim=5 must be even"):
+    with pytest.raises(ValueError, match=r"head_dim=5 times rotary_fraction=1.0 must be even"):
         config(head_dim=5)
     with pytest.raises(ValueError, match=r"transformer.layers must be at least 1, got 0"):
         config(layers=0)
