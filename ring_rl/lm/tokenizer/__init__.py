@@ -1,0 +1,1 @@
+"""Text to token ids and back: bytes, words, Hugging Face, SentencePiece, and what a GGUF file holds."""
