@@ -18,12 +18,13 @@ from ring_rl.training.divergence import DivergenceCheck, DivergenceError, all_fi
 from ring_rl.training.input import BatchStream
 from ring_rl.training.interrupt import StopRequest, TrainingInterrupted
 from ring_rl.training.metrics import PERFORMANCE_PREFIX, MetricsWriter
+from ring_rl.training.milestone import Milestone
 from ring_rl.training.profile import ProfileConfig, StepProfiler
 from ring_rl.training.progress import TrainingProgress
 from ring_rl.training.state import TrainState
 from ring_rl.training.throughput import IntervalClock, StepWork
 
-__all__ = ["DivergenceError", "LoopConfig", "train"]
+__all__ = ["DivergenceError", "LoopConfig", "LoopIntervals", "train"]
 
 # Dispatch runs ahead of the devices by this many steps: enough to hide the host, few batches in memory.
 _STEPS_IN_FLIGHT = 2
@@ -31,11 +32,10 @@ _EVALUATION = "evaluation/"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """How long to train and how often to do what besides.
+class LoopIntervals:
+    """How often to do what besides training.
 
     Attributes:
-        steps: optimizer steps in all, counted from the very first one.
         log_every: steps between two records of the metrics.
         checkpoint_every: steps between two checkpoints; the last step always has one.
         keep_checkpoints: how many of the newest stay on disk.
@@ -43,7 +43,6 @@ class LoopConfig:
             step) or "evaluation/return"; null keeps none for being good.
         best_mode: whether the least or the greatest value is the best.
         keep_best: how many of the best stay on disk, among them perhaps some of the newest.
-        evaluate_every: steps between two evaluations, the last step always has one; null for none at all.
         largest_loss_ratio: stop where the loss is more than this many times the median of the last ones, see
             `DivergenceCheck`; null stops only where it is not finite.
         peak_flops_per_second: of one device, for model FLOPs utilisation; null takes the data sheet's figure
@@ -51,27 +50,63 @@ class LoopConfig:
         profile: steps to trace; null traces none.
     """
 
-    steps: int
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
     best_metric: str | None
     best_mode: Literal["min", "max"]
     keep_best: int
-    evaluate_every: int | None
     largest_loss_ratio: float | None
     peak_flops_per_second: float | None
     profile: ProfileConfig | None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best", "evaluate_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._check_at_least_one("log_every", "checkpoint_every", "keep_checkpoints", "keep_best")
         if self.largest_loss_ratio is not None and not 1 < self.largest_loss_ratio < math.inf:
             raise ValueError(f"largest_loss_ratio must lie above 1, got {self.largest_loss_ratio}; null turns it off")
         if self.peak_flops_per_second is not None and not 0 < self.peak_flops_per_second < math.inf:
             raise ValueError(f"peak_flops_per_second must be positive, got {self.peak_flops_per_second}")
+
+    @property
+    def traced(self) -> ProfileConfig | None:
+        """The steps to trace, or None."""
+        return self.profile if self.profile is not None and self.profile.enabled else None
+
+    @property
+    def best_checkpoints(self) -> BestCheckpoints | None:
+        """For the `Checkpointer`."""
+        if self.best_metric is None:
+            return None
+        return BestCheckpoints(metric=self.best_metric, mode=self.best_mode, keep=self.keep_best)
+
+    def until(self, steps: int, *, profile: bool = True) -> LoopConfig:
+        """With so many steps in all and no evaluation; without the profile where it is not wanted."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(LoopIntervals)}
+        traced = self.profile if profile else None
+        return LoopConfig(**(fields | {"profile": traced}), steps=steps, evaluate_every=None)
+
+    def _check_at_least_one(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig(LoopIntervals):
+    """How long to train and how often to do what besides; see `LoopIntervals`.
+
+    Attributes:
+        steps: optimizer steps in all, counted from the very first one.
+        evaluate_every: steps between two evaluations, the last step always has one; null for none at all.
+    """
+
+    steps: int
+    evaluate_every: int | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_at_least_one("steps", "evaluate_every")
         if self.best_metric is not None and self.best_metric.startswith(_EVALUATION):
             if self.evaluate_every is None:
                 raise ValueError(f"best_metric is {self.best_metric}, but nothing is evaluated; set evaluate_every")
@@ -86,18 +121,6 @@ class LoopConfig:
                 f"ends after the last step {self.steps}; lower profile.start_step or profile.steps"
             )
 
-    @property
-    def traced(self) -> ProfileConfig | None:
-        """The steps to trace, or None."""
-        return self.profile if self.profile is not None and self.profile.enabled else None
-
-    @property
-    def best_checkpoints(self) -> BestCheckpoints | None:
-        """For the `Checkpointer`."""
-        if self.best_metric is None:
-            return None
-        return BestCheckpoints(metric=self.best_metric, mode=self.best_mode, keep=self.keep_best)
-
 
 def train(
     *,
@@ -111,6 +134,7 @@ def train(
     work: StepWork | None = None,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     recent_losses: Iterable[float] = (),
+    milestone: Milestone | None = None,
     progress: bool = True,
 ) -> TrainState:
     """Train from `state.step` to `config.steps`.
@@ -141,10 +165,11 @@ def train(
         work: what a step amounts to, for tokens per second and model FLOPs utilisation.
         evaluate: called with the state every `evaluate_every` steps.
         recent_losses: of the checkpoint that training goes on from, `CheckpointMetadata.recent_losses`.
+        milestone: where it is reached, that step is treated as the last one.
         progress: show a progress bar.
 
     Returns:
-        The state after `config.steps` steps, saved.
+        The state after `config.steps` steps, or after those that the milestone asked for, saved.
 
     Raises:
         DivergenceError: the loss, the norm of its gradient or a parameter is not finite, or the loss has
@@ -205,9 +230,12 @@ def train(
             log_now = last or done % config.log_every == 0
             save_now = last or stopping or done % config.checkpoint_every == 0
             evaluate_now = evaluate_every is not None and (last or done % evaluate_every == 0) and not stopping
-            if not (log_now or save_now or evaluate_now):
+            if not (log_now or save_now or evaluate_now or (milestone is not None and milestone.due(done))):
                 continue
-            newest = _fetch_checked(pending, check, fail)
+            newest = _fetch_checked(pending, check, fail, milestone)
+            if milestone is not None and milestone.reached(done) and not last:
+                last = log_now = save_now = True
+                evaluate_now = evaluate_every is not None and not stopping
             record = dict(newest) if log_now else {}
             if log_now:
                 figures = clock.metrics(done)
@@ -230,6 +258,8 @@ def train(
             if stopping:
                 checkpointer.wait()
                 raise TrainingInterrupted(f"step {done} of {config.steps} is saved; start again to resume")
+            if last:
+                break
         # Also where there was nothing left to do: a finished run has its last checkpoint.
         if start == config.steps:
             save({})
@@ -253,6 +283,7 @@ def _fetch_checked(
     pending: collections.deque[tuple[int, Mapping[str, Any]]],
     check: DivergenceCheck,
     fail: Callable[[str, int], DivergenceError],
+    milestone: Milestone | None,
 ) -> dict[str, float]:
     """The newest of the pending metrics as floats, once all of them are found good; empties `pending`."""
     # One call for all: their transfers are under way together.
@@ -265,6 +296,8 @@ def _fetch_checked(
         complaint = check.complaint(newest)
         if complaint is not None:
             raise fail(complaint, step)
+        if milestone is not None:
+            milestone.observe(step, newest)
     pending.clear()
     return newest
 

@@ -198,10 +198,18 @@ def learning_rate_at(config: ScheduledOptimizer, step: ArrayLike, total_steps: i
     return (config.learning_rate * warmup * (final + (1 - final) * remaining)).astype(jnp.float32)
 
 
-def make_optimizer(config: ScheduledOptimizer, *, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ScheduledOptimizer, *, total_steps: int, first_update: int = 0
+) -> optax.GradientTransformation:
     """Clip by the global norm, then the optimizer's rule with the schedule of `learning_rate_at`.
 
     Weight decay spares every parameter whose name ends with "bias" or "scale" (`weight_decay_mask`).
+
+    Args:
+        config: rule and schedule.
+        total_steps: that the schedule spans.
+        first_update: updates that the optimizer's state has seen when the schedule begins: a later stage of training
+            keeps the moments and has a schedule of its own.
 
     Raises:
         ValueError: the warm-up does not end before `total_steps`.
@@ -213,7 +221,7 @@ def make_optimizer(config: ScheduledOptimizer, *, total_steps: int) -> optax.Gra
             f"warmup_steps {config.warmup_steps} must be fewer than the {total_steps} training steps; "
             f"lower warmup_steps or train longer"
         )
-    rule = config.update_rule(lambda step: learning_rate_at(config, step, total_steps))
+    rule = config.update_rule(lambda step: learning_rate_at(config, step - first_update, total_steps))
     if config.gradient_clip_norm is None:
         return rule
     return optax.chain(optax.clip_by_global_norm(config.gradient_clip_norm), rule)

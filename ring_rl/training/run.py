@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from ring_rl.atomic_file import write_whole
 from ring_rl.training.checkpoint import Checkpointer
@@ -26,9 +25,10 @@ from ring_rl.training.provenance import record_start
 from ring_rl.training.run_directory import RunDirectory, open_run_directory
 from ring_rl.training.step import compile_step, compiled_report
 from ring_rl.training.task import Task
-from ring_rl.training.throughput import StepWork, peak_flops_per_second
+from ring_rl.training.throughput import StepWork
+from ring_rl.training.throughput import peak_flops_per_second as device_peak_flops_per_second
 
-__all__ = ["MAY_DIFFER", "RunConfig", "run_training"]
+__all__ = ["MAY_DIFFER", "FinishedRun", "RunConfig", "draw_run", "open_writers", "run_training", "say", "step_work"]
 
 # Dotted paths of an entry point's configuration that may change when a run goes on: where it lies and runs, how it
 # reports. Another mesh sums in another order, so it goes on with the same mathematics, not to the same bit.
@@ -164,23 +164,23 @@ def run_training(
             extra=task.extra,
         ) as checkpointer,
     ):
-        _say(headline)
+        say(headline)
         state = prepared.create_state()
         recent_losses: list[float] = []
         if checkpointer.latest_step() is not None:
             state, metadata = checkpointer.restore_latest(state)
             recent_losses = metadata.recent_losses
             stream.restore(metadata.input_state or {})
-            _say(f"continues from step {int(state.step)} of {run.path}")
+            say(f"continues from step {int(state.step)} of {run.path}")
         start, begin = int(state.step), time.perf_counter()
         if start == config.loop.steps:
-            _draw(run)
-            _say(f"{run.path} is complete; raise loop.steps in a new run_dir to train for longer")
+            draw_run(run)
+            say(f"{run.path} is complete; raise loop.steps in a new run_dir to train for longer")
             return None
 
         with contextlib.ExitStack() as stack:
             # Before anything is compiled: wandb may refuse.
-            writers = _open_writers(stack, run, config, start=start, resolved=resolved) if main else []
+            writers = open_writers(stack, run, config.wandb, start=start, resolved=resolved) if main else []
             # Batches are made while the step is compiled.
             stream.start()
             compiled = compile_step(prepared.step, state, stream.abstract_batch)
@@ -197,34 +197,31 @@ def run_training(
                 checkpointer=checkpointer,
                 writers=writers,
                 run_folder=run.path,
-                work=_work(task, config, mesh, model_flops),
+                work=step_work(task, model_flops, peak_flops_per_second=config.loop.peak_flops_per_second),
                 recent_losses=recent_losses,
                 progress=main,
             )
-        _draw(run)
+        draw_run(run)
         parameters = sum(x.size for x in jax.tree.leaves(state.parameters))
         return FinishedRun(parameters, time.perf_counter() - begin, report)
 
 
-def _work(task: Task, config: RunConfig, mesh: Mesh, model_flops: int) -> StepWork:
-    device = mesh.devices.flat[0]
-    return StepWork(
-        tokens=task.tokens,
-        model_flops=model_flops,
-        devices=mesh.size,
-        peak_flops_per_second=peak_flops_per_second(device, configured=config.loop.peak_flops_per_second),
-    )
+def step_work(task: Task, model_flops: int, *, peak_flops_per_second: float | None) -> StepWork:
+    """What a step amounts to on the task's mesh; the data sheet's peak where None is configured."""
+    mesh = task.parallel.mesh
+    peak = device_peak_flops_per_second(mesh.devices.flat[0], configured=peak_flops_per_second)
+    return StepWork(tokens=task.tokens, model_flops=model_flops, devices=mesh.size, peak_flops_per_second=peak)
 
 
-def _open_writers(
-    stack: contextlib.ExitStack, run: RunDirectory, config: RunConfig, *, start: int, resolved: Mapping[str, Any]
+def open_writers(
+    stack: contextlib.ExitStack, run: RunDirectory, wandb: WandbConfig, *, start: int, resolved: Mapping[str, Any]
 ) -> list[MetricsWriter]:
     """Console, JSONL and wandb; each is closed with the stack, also when the next one cannot be opened."""
     writers: list[MetricsWriter] = []
     for make in (
         ConsoleWriter,
         lambda: JsonlWriter(run.metrics, resume_step=start),
-        lambda: WandbWriter(config.wandb, folder=run.path, run_config=resolved),
+        lambda: WandbWriter(wandb, folder=run.path, run_config=resolved),
     ):
         writer = make()
         stack.push(lambda _kind, error, _traceback, writer=writer: writer.close(error))
@@ -232,12 +229,14 @@ def _open_writers(
     return writers
 
 
-def _draw(run: RunDirectory) -> None:
+def draw_run(run: RunDirectory) -> None:
+    """The run's pictures, on the main process."""
     if is_main_process():
         plot_learning_curve(run.metrics, run.plots / "learning_curve.png")
         plot_run(run.metrics, run.plots / "run.png")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """A line for people, from the main process alone."""
     if is_main_process():
         print(line, flush=True)

@@ -16,7 +16,7 @@ from ring_rl.training.mesh import replicated, with_shardings
 from ring_rl.training.sharding import FSDP_ONLY, optimizer_shardings, parameter_shardings
 from ring_rl.typing import Array, Int32, PRNGKeyArray, PyTree
 
-__all__ = ["TrainState", "abstract_state", "create_state", "noise_key", "state_shardings"]
+__all__ = ["TrainState", "abstract_state", "create_state", "noise_key", "state_from_parameters", "state_shardings"]
 
 
 @jax.tree_util.register_dataclass
@@ -107,6 +107,23 @@ def state_shardings(
             mesh, optimizer, state.optimizer_state, state.parameters, weight_axes=weight_axes
         ),
     )
+
+
+def state_from_parameters(
+    parameters: Any, optimizer: optax.GradientTransformation, *, step: int, like: TrainState
+) -> TrainState:
+    """Parameters that come from elsewhere, with an optimizer that has seen nothing yet, laid out as `like`.
+
+    Args:
+        parameters: an `nnx.State` of the model's `nnx.Param`s.
+        optimizer: as from `make_optimizer`.
+        step: optimizer steps that count as taken.
+        like: as from `abstract_state`, or a state.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    parameters = jax.device_put(parameters, shardings.parameters)
+    initialise = jax.jit(optimizer.init, out_shardings=shardings.optimizer_state)
+    return TrainState(jax.device_put(jnp.int32(step), shardings.step), parameters, initialise(parameters))
 
 
 def noise_key(seed: int) -> PRNGKeyArray:

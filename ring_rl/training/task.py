@@ -128,21 +128,33 @@ class TrainingTask:
     extra: Mapping[str, Any]
 
     def prepare(
-        self, *, seed: int, steps: int, optimizer: OptimizerConfig, accumulation_steps: int, input: InputConfig
+        self,
+        *,
+        seed: int,
+        steps: int,
+        optimizer: OptimizerConfig,
+        accumulation_steps: int,
+        input: InputConfig,
+        first_step: int = 0,
+        first_update: int = 0,
     ) -> PreparedTask:
-        """Rows cut to the mesh, a state sharded over it, and the step of `make_train_step`."""
+        """Rows cut to the mesh, a state sharded over it, and the step of `make_train_step`.
+
+        A stage of a longer training begins after step `first_step`, with an optimizer that has seen `first_update`
+        updates (fewer where its moments began anew); `steps` and the schedule are the stage's own.
+        """
         mesh, weight_axes = self.parallel.mesh, self.parallel.weight_axes
         stream = RowStream(
             self.rows,
             batch_size=self.batch_size,
-            steps=steps,
+            steps=first_step + steps,
             mesh=mesh,
             layout=self.parallel.layout,
             ring_size=self.parallel.ring_size,
             config=input,
         )
         batch_sharding(mesh, stream.abstract_batch, accumulation_steps=accumulation_steps)
-        transformation = make_optimizer(optimizer, total_steps=steps)
+        transformation = make_optimizer(optimizer, total_steps=steps, first_update=first_update)
         graphdef, abstract = abstract_state(self.make_model, transformation, mesh=mesh, weight_axes=weight_axes)
         step = make_train_step(
             self.loss_function,
@@ -151,7 +163,7 @@ class TrainingTask:
             mesh,
             seed=seed,
             accumulation_steps=accumulation_steps,
-            learning_rate=lambda step: learning_rate_at(optimizer, step, steps),
+            learning_rate=lambda step: learning_rate_at(optimizer, step - first_step, steps),
         )
         return PreparedTask(
             stream=stream,
