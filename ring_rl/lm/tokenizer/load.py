@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from ring_rl.lm.key_words import WordList, key_words
 from ring_rl.lm.tokenizer.byte_tokenizer import ByteTokenizer
+from ring_rl.lm.tokenizer.compact_tokenizer import compact_tokenizer
 from ring_rl.lm.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 from ring_rl.lm.tokenizer.huggingface import HuggingFaceTokenizer, tokenizer_from_folder
 from ring_rl.lm.tokenizer.protocol import Tokenizer
@@ -18,6 +20,7 @@ from ring_rl.lm.tokenizer.word_tokenizer import WordTokenizer
 
 __all__ = [
     "ByteTokenizerConfig",
+    "CompactLinesTokenizerConfig",
     "FileTokenizerConfig",
     "TokenizerConfig",
     "WordTokenizerConfig",
@@ -58,7 +61,19 @@ class FileTokenizerConfig:
     path: Path
 
 
-TokenizerConfig = ByteTokenizerConfig | WordTokenizerConfig | FileTokenizerConfig
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompactLinesTokenizerConfig:
+    """The words of compact line retrieval.
+
+    Attributes:
+        words: Which list its keys are from.
+    """
+
+    name: Literal["compact_lines"]
+    words: WordList
+
+
+TokenizerConfig = ByteTokenizerConfig | WordTokenizerConfig | FileTokenizerConfig | CompactLinesTokenizerConfig
 
 
 def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -72,6 +87,8 @@ def load_tokenizer(config: TokenizerConfig) -> Tokenizer:
     match config:
         case ByteTokenizerConfig():
             return ByteTokenizer()
+        case CompactLinesTokenizerConfig(words=words):
+            return compact_tokenizer(key_words(words))
         case WordTokenizerConfig(path=path):
             _require_file(path)
             return WordTokenizer(path.read_text(encoding="utf-8").splitlines())
