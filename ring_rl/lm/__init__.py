@@ -1,0 +1,1 @@
+"""Language models that read very long contexts: their data, training, evaluation and generation."""

@@ -1,0 +1,1 @@
+"""Text and codes of other kinds as documents, and packed rows of them."""
