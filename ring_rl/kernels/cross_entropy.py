@@ -16,7 +16,7 @@ from jax import lax
 from ring_rl.kernels.accumulate import float32_einsum
 from ring_rl.kernels.feedforward import check_chunks
 from ring_rl.kernels.varying import vary_alike
-from ring_rl.typing import Array, Float, Float32, Int, Shaped
+from ring_rl.typing import Array, Bool, Float, Float32, Int, Shaped
 
 
 class CrossEntropySums(NamedTuple):
@@ -87,9 +87,36 @@ def blockwise_cross_entropy(
     Raises:
         ValueError: Shapes that do not fit one another; `chunks` does not divide T; a negative z_loss or soft_cap.
     """
+    return blockwise_cross_entropy_and_hits(
+        hidden,
+        head,
+        targets,
+        chunks=chunks,
+        weights=weights,
+        bias=bias,
+        soft_cap=soft_cap,
+        z_loss=z_loss,
+        axis_name=axis_name,
+    )[0]
+
+
+def blockwise_cross_entropy_and_hits(
+    hidden: Float[Array, "B T M"] | Float[Array, "T M"],
+    head: Float[Array, "M V"],
+    targets: Int[Array, "B T"] | Int[Array, " T"],
+    *,
+    chunks: int,
+    weights: Shaped[Array, "B T"] | Shaped[Array, " T"] | None = None,
+    bias: Float[Array, " V"] | None = None,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> tuple[CrossEntropySums, Bool[Array, "B T"] | Bool[Array, " T"]]:
+    """`blockwise_cross_entropy`, and for each token whether it is not ignored and its target is the most likely one."""
     _check(hidden, head, targets, weights, bias)
     loss = _Loss(chunks, soft_cap, z_loss, jnp.result_type(hidden, head))
-    if hidden.ndim == 2:
+    alone = hidden.ndim == 2
+    if alone:
         hidden, targets = hidden[None], targets[None]
         weights = None if weights is None else weights[None]
     check_chunks(hidden.shape[1], chunks=chunks, of="cross-entropy")
@@ -100,14 +127,16 @@ def blockwise_cross_entropy(
     # Float32 from here on, so that gradients are summed over devices in it; the products see the dtype given.
     head = head.astype(jnp.float32)
     bias = jnp.zeros(head.shape[1]) if bias is None else bias.astype(jnp.float32)
-    loss_sum, correct_sum, z_loss_sum = _sums(loss, *vary_alike(hidden, head, bias, weights_BT, targets))
+    loss_sum, correct_sum, z_loss_sum, hits_BT = _sums(loss, *vary_alike(hidden, head, bias, weights_BT, targets))
     sums = CrossEntropySums(
         loss_sum=loss_sum,
         weight_sum=jnp.sum(weights_BT),
         correct_sum=lax.stop_gradient(correct_sum),
         z_loss_sum=lax.stop_gradient(z_loss_sum),
     )
-    return sums if axis_name is None else CrossEntropySums(*(lax.psum(x, axis_name) for x in vary_alike(*sums)))
+    if axis_name is not None:
+        sums = CrossEntropySums(*(lax.psum(x, axis_name) for x in vary_alike(*sums)))
+    return sums, hits_BT[0] if alone else hits_BT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +177,7 @@ class _Step(NamedTuple):
 
     sums: tuple[Array, Array, Array]
     token_loss: Float32[Array, "B c"]
+    hits: Bool[Array, "B c"]
     logits: Float32[Array, "B c V"]
     probabilities: Float32[Array, "B c V"]
     is_target: Array
@@ -172,8 +202,9 @@ def _step(loss: _Loss, head: Array, bias: Array, tokens: _Tokens) -> _Step:
     z_loss_Bc = jnp.where(seen_Bc, loss.z_loss * log_sum_exp_Bc**2, 0.0)
     token_loss_Bc = jnp.where(seen_Bc, log_sum_exp_Bc - target_logit_Bc, 0.0) + z_loss_Bc
     total = lambda x_Bc: jnp.sum(tokens.weights * x_Bc)  # noqa: E731
-    sums = total(token_loss_Bc), total(best_Bc == tokens.targets), total(z_loss_Bc)
-    return _Step(sums, token_loss_Bc, logits_BcV, unnormalised_BcV / sum_Bc1, is_target_BcV, log_sum_exp_Bc)
+    hits_Bc = (best_Bc == tokens.targets) & seen_Bc
+    sums = total(token_loss_Bc), total(hits_Bc), total(z_loss_Bc)
+    return _Step(sums, token_loss_Bc, hits_Bc, logits_BcV, unnormalised_BcV / sum_Bc1, is_target_BcV, log_sum_exp_Bc)
 
 
 def _d_logits(loss: _Loss, step: _Step, weights_Bc: Array) -> Float32[Array, "B c V"]:
@@ -190,16 +221,18 @@ def _without_ignored(tokens: _Tokens) -> _Tokens:
 
 def _sums_alone(
     loss: _Loss, hidden: Array, head: Array, bias: Array, weights: Array, targets: Array
-) -> tuple[Array, Array, Array]:
-    """(loss_sum, correct_sum, z_loss_sum) over the tokens given."""
+) -> tuple[Array, Array, Array, Array]:
+    """(loss_sum, correct_sum, z_loss_sum) over the tokens given, and which targets are hit."""
     head = head.astype(loss.dtype)
 
     def accumulate(sums, tokens):
         step = _step(loss, head, bias, _without_ignored(tokens))
-        return jax.tree.map(jnp.add, sums, step.sums), None
+        return jax.tree.map(jnp.add, sums, step.sums), step.hits
 
     zero = vary_alike(jnp.float32(0), weights)[0]
-    return lax.scan(accumulate, (zero, zero, zero), _Tokens(hidden, weights, targets).strided(loss.chunks))[0]
+    tokens = _Tokens(hidden, weights, targets).strided(loss.chunks)
+    sums, hits_nBc = lax.scan(accumulate, (zero, zero, zero), tokens)
+    return *sums, _in_order(hits_nBc)
 
 
 def _sums_forward(loss: _Loss, hidden: Array, head: Array, bias: Array, weights: Array, targets: Array):
@@ -215,18 +248,19 @@ def _sums_forward(loss: _Loss, hidden: Array, head: Array, bias: Array, weights:
         d_logits_BcV = d_logits_BcV.astype(loss.dtype)
         d_head = d_head + float32_einsum("bcm,bcv->mv", tokens.hidden.astype(loss.dtype), d_logits_BcV)
         d_hidden_BcM = float32_einsum("bcv,mv->bcm", d_logits_BcV, head).astype(hidden.dtype)
-        return (jax.tree.map(jnp.add, sums, step.sums), d_head, d_bias), (d_hidden_BcM, step.token_loss)
+        return (jax.tree.map(jnp.add, sums, step.sums), d_head, d_bias), (d_hidden_BcM, step.token_loss, step.hits)
 
     zero, d_head, d_bias, _ = vary_alike(jnp.float32(0), jnp.zeros(head.shape), jnp.zeros(bias.shape), weights)
-    (sums, d_head, d_bias), (d_hidden_nBcM, token_loss_nBc) = lax.scan(
+    (sums, d_head, d_bias), (d_hidden_nBcM, token_loss_nBc, hits_nBc) = lax.scan(
         accumulate,
         ((zero, zero, zero), d_head, d_bias),
         _Tokens(hidden, weights, targets).strided(loss.chunks),
     )
-    return sums, (_in_order(d_hidden_nBcM), d_head, d_bias, _in_order(token_loss_nBc))
+    gradients = _in_order(d_hidden_nBcM), d_head, d_bias, _in_order(token_loss_nBc)
+    return (*sums, _in_order(hits_nBc)), gradients
 
 
-def _sums_backward(loss: _Loss, gradients: tuple[Array, ...], cotangents: tuple[Array, Array, Array]):
+def _sums_backward(loss: _Loss, gradients: tuple[Array, ...], cotangents: tuple[Array, ...]):
     del loss
     scaled = lambda x: (cotangents[0] * x.astype(jnp.float32)).astype(x.dtype)  # noqa: E731
     return *map(scaled, gradients), None

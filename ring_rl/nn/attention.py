@@ -39,14 +39,12 @@ class Attention(nnx.Module):
         self.value = projection(width, K * D, kernel_metadata=inwards)
         self.out = projection(H * D, width, kernel_metadata=outwards)
         aids = config.retrieval
-        self.key_shift = self.query_scale = None
-        if aids is None:
-            return
-        if aids.key_shift:
-            self.key_shift = nnx.Param(jnp.full(K, aids.key_shift_initial, jnp.float32), **named("heads"))
-        if aids.length_scaled_queries:
-            self.query_scale = nnx.Param(jnp.full(H, aids.length_scale_initial, jnp.float32), **named("heads"))
-        if aids.keys_start_as_queries:
+        learned = lambda value, count: nnx.Param(jnp.full(count, value, jnp.float32), **named("heads"))  # noqa: E731
+        self.key_shift_scale = learned(aids.key_shift_initial, K) if aids is not None and aids.key_shift else None
+        self.query_scale = (
+            learned(aids.length_scale_initial, H) if aids is not None and aids.length_scaled_queries else None
+        )
+        if aids is not None and aids.keys_start_as_queries:
             first_of_group = self.query.kernel[...].reshape(width, K, H // K, D)[:, :, 0]
             self.key.kernel[...] = first_of_group.reshape(width, K * D)
 
@@ -63,7 +61,7 @@ class Attention(nnx.Module):
         `turns` says whether queries and keys turn with their positions.
         """
         k = self._heads(self.key(x))
-        if self.key_shift is not None:
+        if self.key_shift_scale is not None:
             k = self._shifted(tokens_back(k, 1, context, parallel))
         q, k = self._placed(self._heads(self.query(x)), k, context, turns)
         dense = parallel.strategy == "dense"
@@ -96,7 +94,7 @@ class Attention(nnx.Module):
         A few tokens cost what the cache's capacity says, however much of it is filled: let it grow as it fills.
         """
         k = self._heads(self.key(x))
-        if self.key_shift is not None:
+        if self.key_shift_scale is not None:
             assert cache.last_keys is not None
             back, last_keys = tokens_back_decoding(k, cache.last_keys, counts)
             k, cache = self._shifted(back), cache.replace(last_keys=last_keys)
@@ -120,8 +118,8 @@ class Attention(nnx.Module):
 
     def _shifted(self, back: TokensBack) -> Float[Array, "B T K D"]:
         """Keys mixed with those of the token before, before they turn."""
-        assert self.key_shift is not None
-        own, previous, share_K1 = back(0), back(1), self.key_shift[...][:, None]
+        assert self.key_shift_scale is not None
+        own, previous, share_K1 = back(0), back(1), self.key_shift_scale[...][:, None]
         return ((1 - share_K1) * own + share_K1 * previous).astype(own.dtype)
 
     def _placed(self, q: Array, k: Array, context: TokenContext, turns: bool | Array) -> tuple[Array, Array]:

@@ -26,10 +26,8 @@ class Block(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.feed_forward_chunks = config.feed_forward_chunks
         span = 1 if config.retrieval is None else config.retrieval.convolution_width
-        self.convolution = None
-        if span > 1:
-            self.convolution_norm = rms_norm(config, rngs)
-            self.convolution = CausalConvolution(width=config.width, span=span, rngs=rngs)
+        self.convolution_norm = rms_norm(config, rngs) if span > 1 else None
+        self.convolution = CausalConvolution(width=config.width, span=span, rngs=rngs) if span > 1 else None
         self.attention_norm = rms_norm(config, rngs)
         self.attention = Attention(config, rngs=rngs)
         self.feed_forward = config.feed_forward
@@ -69,7 +67,7 @@ class Block(nnx.Module):
         turns: bool | Bool[Array, ""] = True,
     ) -> Float[Array, "B T M"]:
         """The block over this device's tokens, inside `jax.shard_map`; `turns` as in `Attention`."""
-        if self.convolution is not None:
+        if self.convolution is not None and self.convolution_norm is not None:
             y = normalised(self.convolution_norm, x)
             x = x + self.convolution(tokens_back(y, self.convolution.span - 1, context, parallel))
         x = x + self.attention(normalised(self.attention_norm, x), context, parallel, turns=turns)
@@ -88,7 +86,7 @@ class Block(nnx.Module):
         counts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T M"], LayerCache]:
         """The block over new tokens, after everything in the cache."""
-        if self.convolution is not None:
+        if self.convolution is not None and self.convolution_norm is not None:
             assert cache.last_inputs is not None
             y = normalised(self.convolution_norm, x)
             back, last_inputs = tokens_back_decoding(y, cache.last_inputs, counts)

@@ -3,17 +3,21 @@
 The vocabulary is sharded over the tensor axis, where that divides it, and the width over the weight axes.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ring_rl.kernels.cross_entropy import CrossEntropySums, blockwise_cross_entropy
+from ring_rl.kernels.cross_entropy import CrossEntropySums, blockwise_cross_entropy_and_hits
+from ring_rl.kernels.token_scores import TokenScores, blockwise_token_scores
 from ring_rl.nn.logical_axes import named
 from ring_rl.nn.parallel import LocalParallel, SequenceParallel
 from ring_rl.nn.weights import gathered, weight_specs
-from ring_rl.typing import Array, Float, Float32, Int, Shaped
+from ring_rl.typing import Array, Bool, Float, Float32, Int, Shaped
 
 # The standard deviation that GPT-2 and LLaMA start from.
 INITIAL_SCALE = 0.02
@@ -22,7 +26,16 @@ INITIAL_SCALE = 0.02
 class Vocabulary(nnx.Module):
     """The first and the last layer of a language model, which may share their weights (arXiv:1608.05859)."""
 
-    def __init__(self, *, size: int, width: int, tied: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        *,
+        size: int,
+        width: int,
+        tied: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        embedding_scale: float = INITIAL_SCALE,
+    ):
         """Random weights.
 
         Args:
@@ -31,14 +44,17 @@ class Vocabulary(nnx.Module):
             tied: Whether the head is the transpose of the embedding.
             dtype: Of activations and matrix products; weights are float32.
             rngs: Random streams.
+            embedding_scale: Standard deviation that the embedding starts with.
         """
         if size < 1 or width < 1:
             raise ValueError(f"a vocabulary needs at least one token and a width of 1, got size={size} width={width}")
         self.size, self.tied, self.dtype = size, tied, dtype
-        initial = nnx.initializers.normal(INITIAL_SCALE)
-        self.embedding = nnx.Param(initial(rngs.params(), (size, width)), **named("vocabulary", "width"))
+        normal = nnx.initializers.normal
+        table = normal(embedding_scale)(rngs.params(), (size, width))
+        self.embedding = nnx.Param(table, **named("vocabulary", "width"))
         if not tied:
-            self.head = nnx.Param(initial(rngs.params(), (width, size)), **named("width", "vocabulary"))
+            head = normal(INITIAL_SCALE)(rngs.params(), (width, size))
+            self.head = nnx.Param(head, **named("width", "vocabulary"))
 
     def embed(self, tokens: Int[Array, "B T"], parallel: SequenceParallel) -> Float[Array, "B T M"]:
         """Rows of the embedding. A token outside [0, V) gets zeros.
@@ -57,6 +73,12 @@ class Vocabulary(nnx.Module):
         return jax.shard_map(look_up, mesh=local.mesh, in_specs=(specs, tokens_spec), out_specs=tokens_spec)(
             state, tokens
         )
+
+    def look_up(self, tokens: Int[Array, "*b"]) -> Float[Array, "*b M"]:
+        """`embed` where the whole embedding is here, as it is in decoding."""
+        held = (tokens >= 0) & (tokens < self.size)
+        rows = jnp.take(self.embedding[...], jnp.where(held, tokens, 0), axis=0).astype(self.dtype)
+        return jnp.where(held[..., None], rows, 0)
 
     def logits(self, hidden: Float[Array, "*b M"]) -> Float32[Array, "*b V"]:
         """hidden head, in float32: for the few tokens of a decoding step."""
@@ -90,36 +112,83 @@ class Vocabulary(nnx.Module):
         Raises:
             ValueError: The mesh cannot share the tokens, or `chunks` does not divide those of a device.
         """
-        parallel.check(*targets.shape)
-        local, mesh = parallel.local(), parallel.mesh
-        tensor_axis = local.tensor_axis if self.size % parallel.tensor_devices == 0 else None
+        return self.cross_entropy_and_hits(
+            hidden, targets, parallel, chunks=chunks, weights=weights, soft_cap=soft_cap, z_loss=z_loss
+        )[0]
+
+    def cross_entropy_and_hits(
+        self,
+        hidden: Float[Array, "B T M"],
+        targets: Int[Array, "B T"],
+        parallel: SequenceParallel,
+        *,
+        chunks: int,
+        weights: Shaped[Array, "B T"] | None = None,
+        soft_cap: float | None = None,
+        z_loss: float = 0.0,
+    ) -> tuple[CrossEntropySums, Bool[Array, "B T"]]:
+        """`cross_entropy`, and whether each target that counts is the most likely token."""
+
+        def summed(hidden: Array, head: Array, tokens: tuple[Array, Array | None]) -> tuple[CrossEntropySums, Array]:
+            return blockwise_cross_entropy_and_hits(
+                hidden,
+                head,
+                tokens[0],
+                chunks=chunks,
+                weights=tokens[1],
+                soft_cap=soft_cap,
+                z_loss=z_loss,
+                axis_name=self._token_axes(parallel) or None,
+            )
+
+        specs = PartitionSpec(), parallel.token_spec
+        return self._with_head(summed, hidden, (targets, weights), parallel, out_specs=specs)
+
+    def token_scores(
+        self,
+        hidden: Float[Array, "B T M"],
+        targets: Int[Array, "B T"] | None,
+        parallel: SequenceParallel,
+        *,
+        chunks: int,
+    ) -> TokenScores:
+        """What the head says of every token, one by one; arguments and errors as `cross_entropy`, no gradients."""
+
+        def scored(hidden: Array, head: Array, tokens: tuple[Array | None]) -> TokenScores:
+            return blockwise_token_scores(hidden, head, tokens[0], chunks=chunks)
+
+        return self._with_head(scored, hidden, (targets,), parallel, out_specs=parallel.token_spec)
+
+    def _with_head(
+        self,
+        function: Callable[..., Any],
+        hidden: Array,
+        tokens: tuple[Array | None, ...],
+        parallel: SequenceParallel,
+        *,
+        out_specs: Any,
+    ) -> Any:
+        """function(hidden, head, tokens) on each device's tokens; the compiler shares products over the tensor axis."""
+        parallel.check(*hidden.shape[:2])
+        mesh, axes = parallel.mesh, self._token_axes(parallel)
+        tensor_axis = parallel.local().tensor_axis if self.size % parallel.tensor_devices == 0 else None
         # Gathered over the weight axes here, and its gradient put back; left to the compiler, as only the tensor axis
         # is in its hands inside.
         head = lax.with_sharding_constraint(
             self._head().astype(self.dtype), NamedSharding(mesh, PartitionSpec(None, tensor_axis))
         )
-        token_axes = (*local.batch_axes, *(axis for axis in (parallel.sequence_axis,) if axis in mesh.shape))
-
-        def summed(hidden: Array, head: Array, targets: Array, weights: Array | None) -> CrossEntropySums:
-            return blockwise_cross_entropy(
-                hidden.astype(self.dtype),
-                head,
-                targets,
-                chunks=chunks,
-                weights=weights,
-                soft_cap=soft_cap,
-                z_loss=z_loss,
-                axis_name=token_axes or None,
-            )
-
-        tokens = parallel.token_spec
         return jax.shard_map(
-            summed,
+            function,
             mesh=mesh,
-            in_specs=(tokens, PartitionSpec(), tokens, tokens),
-            out_specs=PartitionSpec(),
-            axis_names=set(token_axes) or set(mesh.axis_names),
-        )(hidden, head, targets, weights)
+            in_specs=(parallel.token_spec, PartitionSpec(), parallel.token_spec),
+            out_specs=out_specs,
+            axis_names=set(axes) or set(mesh.axis_names),
+        )(hidden.astype(self.dtype), head, tokens)
+
+    def _token_axes(self, parallel: SequenceParallel) -> tuple[str, ...]:
+        """The mesh axes that tokens differ over."""
+        present = parallel.mesh.shape
+        return tuple(axis for axis in (*parallel.batch_axes, parallel.sequence_axis) if axis in present)
 
     def _head(self) -> Float[Array, "M V"]:
         return self.embedding[...].T if self.tied else self.head[...]

@@ -11,7 +11,18 @@ from ring_rl.config import from_mapping
 from ring_rl.nn.transformer import Transformer, TransformerConfig
 
 PRESETS = Path(__file__).parents[2] / "conf" / "transformer"
-PARAMETERS = {"tiny": 0.09e6, "base": 19e6, "100m": 99e6, "350m": 352e6}
+PARAMETERS = {
+    "tiny": 0.09e6,
+    "base": 19e6,
+    "100m": 99e6,
+    "350m": 352e6,
+    "llama_tiny": 0.393e6,
+    "llama_7b": 6.48e9,
+    "llama_13b": 12.7e9,
+    "smollm2_135m": 106e6,
+    "retrieval_tiny": 0.133e6,
+    "plain_tiny": 0.426e6,
+}
 
 
 def test_every_preset_is_counted():
