@@ -96,7 +96,7 @@ def place_before(text: str, depth: float) -> int:
 
 
 def place_after(text: str, depth: float) -> int:
-    """The end of a sentence at or after this share of the text's characters (EasyContext); the text's beginning for 0."""
+    """The end of a sentence at or after this share of the text's characters (EasyContext); its beginning for 0."""
     ends = _sentence_ends(text)
     return ends[bisect.bisect_left(ends, int(depth * len(text)))]
 
