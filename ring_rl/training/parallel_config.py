@@ -1,0 +1,36 @@
+"""How the devices of a mesh work on one sequence, as an entry point's configuration says it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ring_rl.kernels.layout import Layout
+from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
+from ring_rl.training.mesh import MeshConfig, make_mesh
+
+__all__ = ["ParallelConfig", "make_parallel"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the devices that share a sequence meet, and whether they share the weights; see `SequenceParallel`."""
+
+    layout: Layout
+    strategy: SequenceStrategy
+    ulysses_size: int
+    weights_over_ring: bool
+
+
+def make_parallel(mesh: MeshConfig, config: ParallelConfig) -> SequenceParallel:
+    """The mesh and what its axes are for.
+
+    Raises:
+        ValueError: see `make_mesh` and `SequenceParallel`.
+    """
+    return SequenceParallel(
+        mesh=make_mesh(mesh),
+        layout=config.layout,
+        strategy=config.strategy,
+        ulysses_size=config.ulysses_size,
+        weight_axes=("fsdp", "sp") if config.weights_over_ring else ("fsdp",),
+    )
