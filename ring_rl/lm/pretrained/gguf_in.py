@@ -55,6 +55,11 @@ _SCALING_KEYS = {
 class GGUFFile(TensorSource):
     """The tensors of a GGUF file under their Hugging Face names, and what its header says about the model.
 
+    Attributes:
+        path: The file.
+        header: What it says about the model, by llama.cpp's names.
+        has_tokenizer: Whether it holds one.
+
     Raises:
         FileNotFoundError: There is no such file.
         ImportError: `gguf` is not installed.
@@ -70,6 +75,7 @@ class GGUFFile(TensorSource):
         self.header: dict[str, Any] = {
             name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")
         }
+        self.has_tokenizer = "tokenizer.ggml.tokens" in reader.fields
         if self.header.get("split.count", 1) > 1:
             raise ValueError(
                 f"{path} is one of {self.header['split.count']} parts; join them first (llama-gguf-split --merge)"

@@ -73,7 +73,7 @@ def load_pretrained(
         mapping, where = _configuration(source, path)
         config = language_model_config(mapping, where=where, compute_dtype=compute_dtype, overrides=overrides)
         check_tensors(source, parameter_shapes(config))
-        chosen = _tokenizer(path, tokenizer)
+        chosen = _tokenizer(source, path, tokenizer)
         check_tokenizer(chosen, config, where=str(path))
         model = placed_model(config, parallel, partial(read_parameter, source))
     return LoadedModel(model, config, chosen, {"path": str(path)})
@@ -122,9 +122,11 @@ def _configuration(source: TensorSource, path: Path) -> tuple[dict[str, Any], st
     return mapping, str(file)
 
 
-def _tokenizer(path: Path, chosen: TokenizerConfig | None) -> Tokenizer | None:
+def _tokenizer(source: TensorSource, path: Path, chosen: TokenizerConfig | None) -> Tokenizer | None:
     if chosen is not None:
         return load_tokenizer(chosen)
-    if path.is_dir() and not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        return None
-    return load_tokenizer(FileTokenizerConfig(name="file", path=path))
+    if isinstance(source, GGUFFile):
+        has_its_own = source.has_tokenizer
+    else:
+        has_its_own = any((path / name).is_file() for name in _TOKENIZER_FILES)
+    return load_tokenizer(FileTokenizerConfig(name="file", path=path)) if has_its_own else None
