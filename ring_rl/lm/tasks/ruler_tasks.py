@@ -47,8 +47,8 @@ class RulerTask:
         tokens_to_generate: What RULER keeps free for the answer.
         smallest: Size below which there is no such task.
         largest: Size at which words run out; None for no such size. Needs wonderwords where the task does.
-        draw: Makes a text from a generator, a size, the length (some parameters depend on it), and the depth of the answer
-            (None draws it), for tasks that have one.
+        draw: Makes a text from a generator, a size, the length (some parameters depend on it), and the depth of the
+            answer (None draws it), for tasks that have one.
     """
 
     name: RulerTaskName
@@ -254,7 +254,8 @@ RULER_TASKS: dict[RulerTaskName, RulerTask] = {
         RulerTask("niah_multikey_3", 128, 1, _unlimited, _multikey_3),
         RulerTask("vt", 30, _HOPS + 1, _unlimited, _variable_tracking),
         RulerTask("cwe", 120, _COMMON + 1, lambda: len(_plain_words()), _common_words),
-        # With fewer, the last word that is asked for might be as frequent as the next: 80 / (16 zeta(2)) and / (25 ...).
+        # With fewer, the last word asked for might be as frequent as the next: 80 / zeta(2) is 48, its 16th part 3, its
+        # 25th 1.
         RulerTask("fwe", _FREQUENT_ROOM, 80, _unlimited, _frequent_words),
     )
 }
