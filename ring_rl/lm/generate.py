@@ -12,7 +12,7 @@ from ring_rl.lm.generation.sampling import GREEDY, Sampling
 from ring_rl.lm.generation.steps import Drawn, compiled_steps
 from ring_rl.lm.model import LanguageModel
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.typing import Bool, Float32, Int32, PRNGKeyArray
+from ring_rl.typing import Float32, Int32, PRNGKeyArray
 
 __all__ = ["GREEDY", "Generation", "Generator", "Sampling", "generate"]
 
@@ -92,7 +92,7 @@ class Generator:
             if len(waiting) == CHECK_EVERY:
                 columns, waiting = columns + jax.device_get(waiting), []
                 report(longest + number, total)
-                if _stops(columns, stop_ids).any(axis=1).all():
+                if _all_stopped(columns, stop_ids):
                     break
             drawn, cache = steps.write(self._parameters, cache, drawn, key, np.uint32(number))
             waiting.append(drawn)
@@ -150,15 +150,13 @@ def _generation(columns: Sequence[Drawn], stop_ids: Sequence[int]) -> Generation
     """Every row up to its first stop token."""
     tokens_BT = np.stack([column.tokens for column in columns], axis=1)
     log_probabilities_BT = np.stack([column.log_probabilities for column in columns], axis=1)
-    stops_BT = _stops(columns, stop_ids)
-    stopped_B = stops_BT.any(axis=1)
-    lengths = np.where(stopped_B, stops_BT.argmax(axis=1), len(columns))
-    return Generation(
-        tuple(row[:length] for row, length in zip(tokens_BT, lengths, strict=True)),
-        tuple(row[:length] for row, length in zip(log_probabilities_BT, lengths, strict=True)),
-        tuple(stopped_B.tolist()),
-    )
+    rows = []
+    for tokens, log_probabilities in zip(tokens_BT, log_probabilities_BT, strict=True):
+        stops = np.flatnonzero(np.isin(tokens, stop_ids))
+        length = stops[0] if len(stops) else len(tokens)
+        rows.append((tokens[:length], log_probabilities[:length], len(stops) > 0))
+    return Generation(*zip(*rows, strict=True))
 
 
-def _stops(columns: Sequence[Drawn], stop_ids: Sequence[int]) -> Bool[np.ndarray, "B T"]:
-    return np.isin(np.stack([column.tokens for column in columns], axis=1), stop_ids)
+def _all_stopped(columns: Sequence[Drawn], stop_ids: Sequence[int]) -> bool:
+    return bool(np.isin([column.tokens for column in columns], stop_ids).any(axis=0).all())

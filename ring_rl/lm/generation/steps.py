@@ -86,8 +86,9 @@ def compiled_steps(
     def read(
         parameters: PyTree, cache: KVCache, chunk: Chunk, drawn: Drawn, key: PRNGKeyArray
     ) -> tuple[Drawn, KVCache]:
-        fresh, cache = drawn_next(parameters, cache, chunk.tokens, chunk.counts, key, jnp.uint32(0))
-        return jax.tree.map(lambda new, old: jnp.where(chunk.counts > 0, new, old), fresh, drawn), cache
+        tokens_BT, counts_B = jnp.asarray(chunk.tokens), jnp.asarray(chunk.counts)
+        fresh, cache = drawn_next(parameters, cache, tokens_BT, counts_B, key, jnp.uint32(0))
+        return jax.tree.map(lambda new, old: jnp.where(counts_B > 0, new, old), fresh, drawn), cache
 
     def write(
         parameters: PyTree, cache: KVCache, drawn: Drawn, key: PRNGKeyArray, number: Array
