@@ -13,7 +13,6 @@ from rich.table import Table
 
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
-from ring_rl.kernels.layout import Layout
 from ring_rl.lm.evaluation.cells import SampleRecord
 from ring_rl.lm.evaluation.prompts import Prompter, TemplateConfig
 from ring_rl.lm.evaluation.report import ReportConfig, Subject, write_report
@@ -21,18 +20,9 @@ from ring_rl.lm.evaluation.run import Questioner, QuestionsConfig, evaluate, mis
 from ring_rl.lm.evaluation.sample_log import SampleLog
 from ring_rl.lm.evaluation.suites import MAY_GROW, SuiteConfig, make_suite
 from ring_rl.lm.load_model import LoadedModel, ModelSource, load_model, warn_beyond_trained_positions
-from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
-from ring_rl.training.mesh import MeshConfig, make_mesh, request_virtual_devices
+from ring_rl.training.mesh import MeshConfig, request_virtual_devices
+from ring_rl.training.parallel_config import ParallelConfig, make_parallel
 from ring_rl.training.provenance import device_description, git_commit, versions
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How the devices that share a sequence meet; see `SequenceParallel`."""
-
-    layout: Layout
-    strategy: SequenceStrategy
-    ulysses_size: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +61,7 @@ def model_label(config: EvaluateLMConfig, loaded: LoadedModel) -> str:
 def evaluate_lm(config: EvaluateLMConfig) -> None:
     """Asks what is missing, then prints a table and writes CSV, Markdown, JSON and pictures."""
     request_virtual_devices(config.virtual_devices)
-    parallel = SequenceParallel(mesh=make_mesh(config.mesh), **vars(config.parallel))
+    parallel = make_parallel(config.mesh, config.parallel)
     loaded = load_model(config.model, parallel)
     if loaded.tokenizer is None:
         raise ValueError("the model came without a tokenizer; name one: model.tokenizer")

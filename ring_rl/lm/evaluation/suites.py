@@ -5,11 +5,12 @@ from __future__ import annotations
 from ring_rl.lm.evaluation.line_retrieval import LineRetrieval, LineRetrievalConfig
 from ring_rl.lm.evaluation.needles import MultiNeedleConfig, Needles, SingleNeedleConfig
 from ring_rl.lm.evaluation.prompts import Prompter
+from ring_rl.lm.evaluation.ruler import Ruler, RulerConfig
 from ring_rl.lm.evaluation.suite import Suite
 
 __all__ = ["MAY_GROW", "SuiteConfig", "make_suite"]
 
-SuiteConfig = LineRetrievalConfig | SingleNeedleConfig | MultiNeedleConfig
+SuiteConfig = LineRetrievalConfig | SingleNeedleConfig | MultiNeedleConfig | RulerConfig
 
 # What says which samples are asked, and nothing about any of them: an evaluation may go on with more of them.
 MAY_GROW = ("suite.lengths", "suite.depths", "suite.samples", "suite.tasks")
@@ -26,3 +27,5 @@ def make_suite(config: SuiteConfig, prompter: Prompter) -> Suite:
             return LineRetrieval(config, prompter)
         case SingleNeedleConfig() | MultiNeedleConfig():
             return Needles(config, prompter)
+        case RulerConfig():
+            return Ruler(config, prompter)
