@@ -50,7 +50,8 @@ def previous_tokens(
         return vary_alike(filling[:, None], x)[0]
     (axis,) = _axes(axis_name)
     device = lax.axis_index(axis)
-    onwards = [(i, i + 1) for i in range(ring_size - 1)]
+    # All the way round, as a virtual ring (`jax.vmap`) asks; what comes over the end is not looked at.
+    onwards = [(i, (i + 1) % ring_size) for i in range(ring_size)]
     chunk = x.shape[1] // chunks_per_device(layout)
     early_tail = x[:, chunk - count : chunk]
     before_early = jnp.where(device == 0, filling, lax.ppermute(early_tail, axis, onwards))

@@ -52,8 +52,9 @@ def make(seed=0, **changes):
     """A transformer whose biases are not zero, so that a bias counted twice is seen."""
     model = Transformer(config(**changes), rngs=nnx.Rngs(seed))
     generator = np.random.default_rng(seed)
-    for linear in (model.blocks.feed_forward_in, model.blocks.feed_forward_out):
-        linear.bias[...] = jnp.asarray(generator.normal(size=linear.bias.shape), jnp.float32)
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] == "bias":
+            parameter[...] = jnp.asarray(generator.normal(size=parameter.shape), jnp.float32)
     return model
 
 
