@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from typing import Literal, Protocol
 
 from ring_rl.lm.rows.compact_lines import CompactLinesConfig, CompactLinesData
 from ring_rl.lm.rows.documents import DocumentRowsConfig, DocumentsData
+from ring_rl.lm.rows.longeval import LongEvalConfig, LongEvalData
+from ring_rl.lm.rows.mixture import MixedRows
 from ring_rl.lm.tokenizer.protocol import Tokenizer
 from ring_rl.training.input import RowSource
 
-__all__ = ["TrainingData", "TrainingDataConfig", "open_training_data", "vocabulary_size"]
+__all__ = [
+    "MixtureConfig",
+    "MixturePart",
+    "TrainingData",
+    "TrainingDataConfig",
+    "open_training_data",
+    "vocabulary_size",
+]
 
-TrainingDataConfig = CompactLinesConfig | DocumentRowsConfig
+PartConfig = CompactLinesConfig | LongEvalConfig | DocumentRowsConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixturePart:
+    """One kind of data in a mixture.
+
+    Attributes:
+        share: of the rows, in any unit.
+        data: which.
+    """
+
+    share: float
+    data: PartConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """Rows of several kinds, all as long as the stage says.
+
+    Attributes:
+        name: "mixture".
+        parts: by name.
+    """
+
+    name: Literal["mixture"]
+    parts: dict[str, MixturePart]
+
+
+TrainingDataConfig = CompactLinesConfig | LongEvalConfig | DocumentRowsConfig | MixtureConfig
 
 
 class TrainingData(Protocol):
@@ -40,6 +79,37 @@ class TrainingData(Protocol):
         ...
 
 
+class MixtureData:
+    """A `TrainingData` of several; a stage's short records are for those parts that have records."""
+
+    def __init__(self, parts: dict[str, TrainingData], config: MixtureConfig):
+        self._parts, self._config = parts, config
+
+    def row_length(self, *, length: int | None, lines: int | None) -> int:
+        """`length`.
+
+        Raises:
+            ValueError: lines are asked for.
+        """
+        if length is None:
+            raise ValueError(f"the parts of a mixture share a length in tokens, got lines={lines}; give it as length")
+        return length
+
+    def rows(self, *, length: int, lines: int | None, short_share: float, seed: tuple[int, ...]) -> MixedRows:
+        """Rows of `length` tokens."""
+        rows = {
+            name: part.rows(
+                length=length,
+                lines=lines,
+                short_share=0.0 if isinstance(part, DocumentsData) else short_share,
+                seed=(*seed, number),
+            )
+            for number, (name, part) in enumerate(self._parts.items())
+        }
+        shares = [self._config.parts[name].share for name in self._parts]
+        return MixedRows(rows, shares, seed=(*seed, len(self._parts)))
+
+
 def open_training_data(config: TrainingDataConfig, tokenizer: Tokenizer, *, progress: bool) -> TrainingData:
     """The data that a configuration names, in a tokenizer's ids.
 
@@ -49,12 +119,24 @@ def open_training_data(config: TrainingDataConfig, tokenizer: Tokenizer, *, prog
     match config:
         case CompactLinesConfig():
             return CompactLinesData(config, tokenizer)
+        case LongEvalConfig():
+            return LongEvalData(config, tokenizer)
         case DocumentRowsConfig():
             return DocumentsData(config, tokenizer, progress=progress)
+        case MixtureConfig():
+            parts = {
+                name: open_training_data(part.data, tokenizer, progress=progress) for name, part in config.parts.items()
+            }
+            return MixtureData(parts, config)
 
 
 def vocabulary_size(config: TrainingDataConfig, tokenizer: Tokenizer) -> int:
     """Ids that the data need: the tokenizer's, and those of codes besides text."""
-    if isinstance(config, DocumentRowsConfig):
-        return DocumentsData.vocabulary_size(config, tokenizer)
-    return tokenizer.vocabulary_size
+    match config:
+        case DocumentRowsConfig():
+            return DocumentsData.vocabulary_size(config, tokenizer)
+        case MixtureConfig():
+            sizes = [vocabulary_size(part.data, tokenizer) for part in config.parts.values()]
+            return max([tokenizer.vocabulary_size, *sizes])
+        case _:
+            return tokenizer.vocabulary_size
