@@ -85,7 +85,7 @@ def trained(tmp_path_factory):
         LanguageModelConfig,
         {
             "name": "language",
-            "vocabulary_size": 256,
+            "vocabulary_size": 258,
             "tied_embedding": False,
             "embedding_scale": 0.5,
             "trained_positions": 32,
@@ -149,7 +149,7 @@ def test_another_tokenizer_than_the_runs_own(trained, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("".join(f"word{index}\n" for index in range(300)))
     chosen = WordTokenizerConfig(name="words", path=words)
-    with pytest.raises(ValueError, match="has 300 ids, but the model embeds 256 tokens"):
+    with pytest.raises(ValueError, match="has 300 ids, but the model embeds 258 tokens"):
         load_model(run_source(trained[0], tokenizer=chosen), parallel())
 
 

@@ -132,10 +132,10 @@ class GGUFFile(TensorSource):
         if "model.embed_tokens.weight" in self._tensors:
             config["vocab_size"] = self.shapes["model.embed_tokens.weight"][0]
         self._refuse_the_rest(said, config)
-        scaling = {
-            theirs: said[f"rope.scaling.{ours}"] for ours, theirs in _SCALING_KEYS.items() if _scaled(said, ours)
-        }
-        return config | ({"rope_scaling": scaling} if scaling else {})
+        if said.get("rope.scaling.type", "none") != "none":
+            scaling = {theirs: said.get(f"rope.scaling.{ours}") for ours, theirs in _SCALING_KEYS.items()}
+            config["rope_scaling"] = {key: value for key, value in scaling.items() if value is not None}
+        return config
 
     def _refuse_the_rest(self, said: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         listed = [key for key, value in said.items() if isinstance(value, list)]
@@ -146,9 +146,8 @@ class GGUFFile(TensorSource):
         turning, heads = said.get("rope.dimension_count"), config.get("num_attention_heads")
         if turning is not None and heads and turning != config.get("head_dim", config["hidden_size"] // heads):
             raise ValueError(f"{self.path} turns {turning} dimensions of a head and not all, which is not supported")
-        unknown = [
-            key for key in said if key.startswith("rope.scaling.") and key.split(".")[-1] not in _ALLOWED_SCALING
-        ]
+        scaling = {key.removeprefix("rope.scaling.") for key in said if key.startswith("rope.scaling.")}
+        unknown = sorted(scaling - {*_SCALING_KEYS, "finetuned"})
         if unknown or "rope_freqs.weight" in self._tensors:
             what = (
                 ", ".join(f"rope.scaling.{key}" for key in unknown)

@@ -74,15 +74,16 @@ def load_pretrained(
         config = language_model_config(mapping, where=where, compute_dtype=compute_dtype, overrides=overrides)
         check_tensors(source, parameter_shapes(config))
         chosen = _tokenizer(source, path, tokenizer)
-        check_tokenizer(chosen, config, where=str(path))
+        check_tokenizer(chosen, config, where=str(path), other_codes=False)
         model = placed_model(config, parallel, partial(read_parameter, source))
     return LoadedModel(model, config, chosen, {"path": str(path)})
 
 
-def check_tokenizer(tokenizer: Tokenizer | None, config: LanguageModelConfig, *, where: str) -> None:
+def check_tokenizer(tokenizer: Tokenizer | None, config: LanguageModelConfig, *, where: str, other_codes: bool) -> None:
     """Raises ValueError unless a tokenizer's ids are the rows of the model's embedding.
 
-    A few rows more than ids are usual, as vocabularies are padded.
+    A few rows more than ids are usual, as vocabularies are padded; with `other_codes` there may be any number more, for
+    codes that are no text.
     """
     if tokenizer is None:
         return
@@ -92,7 +93,7 @@ def check_tokenizer(tokenizer: Tokenizer | None, config: LanguageModelConfig, *,
             f"the tokenizer of {where} has {ids} ids, but the model embeds {rows} tokens only; use the tokenizer that "
             "the model was trained with"
         )
-    if rows - ids > _LARGEST_PADDING * rows:
+    if rows - ids > _LARGEST_PADDING * rows and not other_codes:
         raise ValueError(
             f"the tokenizer of {where} has {ids} ids, but the model embeds {rows} tokens; use the tokenizer that the "
             "model was trained with"

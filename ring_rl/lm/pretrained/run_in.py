@@ -61,7 +61,7 @@ def load_run(
     chosen = None if mapping is None else tokenizer_from_mapping(mapping)
     if tokenizer is not None:
         chosen = load_tokenizer(tokenizer)
-    check_tokenizer(chosen, config, where=str(run_dir))
+    check_tokenizer(chosen, config, where=str(run_dir), other_codes=True)
     details = {key: value for key, value in metadata.extra.items() if key != "tokenizer"}
     model = _restored(checkpoint, config, parallel)
     return LoadedModel(model, config, chosen, {"path": str(run_dir), "step": metadata.step, **details})

@@ -25,12 +25,12 @@ def model(llama):
     return LanguageModel(config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize(("shard_bytes", "files"), [(PLENTY, 1), (60_000, 6), (1, 19)])
+@pytest.mark.parametrize(("shard_bytes", "files"), [(PLENTY, 1), (60_000, 6), (1, 20)])
 def test_a_model_goes_out_and_comes_back(shard_bytes, files, llama, model, tmp_path):
     save_pretrained(model, tmp_path / "out", tokenizer=None, dtype="float32", shard_bytes=shard_bytes)
     shards = list((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) == files
-    assert files == 19 or max(shard.stat().st_size for shard in shards) < shard_bytes + 4096
+    assert files == 20 or max(shard.stat().st_size for shard in shards) < shard_bytes + 4096
     loaded = llama.load(tmp_path / "out")
     assert loaded.config == model.config
     np.testing.assert_equal(llama.weights(loaded.model), llama.weights(model))
