@@ -88,7 +88,7 @@ def read_tokens(config: DocumentsConfig, tokenizer: Tokenizer, *, progress: bool
 
 
 def packed_documents(
-    config: DocumentsConfig, tokenizer: Tokenizer, *, row_length: int, seed: int, progress: bool
+    config: DocumentsConfig, tokenizer: Tokenizer, *, row_length: int, seed: int | tuple[int, ...], progress: bool
 ) -> PackedDocuments:
     """Rows of `row_length` tokens, for a `RowStream`.
 

@@ -34,7 +34,7 @@ class PackedDocuments:
         row_length: T.
         config: how documents share rows.
         kind_weights: what a token of each kind counts (`MixedVocabulary.weights`).
-        seed: of which documents meet in a row, and of the rows' order.
+        seed: of which documents meet in a row, and of the rows' order; several numbers tell the streams of a run apart.
 
     Raises:
         ValueError: there is nothing to predict in any document.
@@ -47,11 +47,12 @@ class PackedDocuments:
         row_length: int,
         config: PackingConfig,
         kind_weights: Float32[np.ndarray, " kinds"],
-        seed: int,
+        seed: int | tuple[int, ...],
     ):
         self._documents, self._length, self._config = documents, row_length, config
-        self._kind_weights, self._seed = kind_weights, seed
-        order = np.random.default_rng([seed, 0]).permutation(len(documents))
+        self._kind_weights = kind_weights
+        self._seed = (seed,) if isinstance(seed, int) else seed
+        order = np.random.default_rng([*self._seed, 0]).permutation(len(documents))
         pieces = [
             Piece(int(order[piece.document]), piece.start, piece.stop)
             for piece in cut_into_pieces(
@@ -134,4 +135,4 @@ class PackedDocuments:
 
     def _make_order(self, epoch: int) -> Int[np.ndarray, " rows"]:
         """Which planned row is the n-th of an epoch."""
-        return np.random.default_rng([self._seed, 1, epoch]).permutation(len(self._rows))
+        return np.random.default_rng([*self._seed, 1, epoch]).permutation(len(self._rows))
