@@ -42,7 +42,7 @@ class TrainLmConfig:
     profile: bool
     virtual_devices: int
     model: StartConfig
-    data: TrainingDataConfig
+    training_data: TrainingDataConfig
     stages: dict[str, StageConfig]
     loss: LossConfig
     optimizer: OptimizerConfig
@@ -59,12 +59,14 @@ def train_lm(config: TrainLmConfig, resolved: dict) -> None:
     request_virtual_devices(config.virtual_devices)
     parallel = make_parallel(config.mesh, config.parallel)
     start = start_from(
-        config.model, parallel=parallel, vocabulary_size=lambda tokenizer: vocabulary_size(config.data, tokenizer)
+        config.model,
+        parallel=parallel,
+        vocabulary_size=lambda tokenizer: vocabulary_size(config.training_data, tokenizer),
     )
     stages = make_stages(
         config.stages,
         start.config,
-        open_training_data(config.data, start.tokenizer, progress=is_main_process()),
+        open_training_data(config.training_data, start.tokenizer, progress=is_main_process()),
         start.tokenizer,
         optimizer=config.optimizer,
         loss=config.loss,
@@ -73,7 +75,7 @@ def train_lm(config: TrainLmConfig, resolved: dict) -> None:
         extra={
             "label": config.label,
             "seed": config.seed,
-            "data": to_mapping(config.data),
+            "training_data": to_mapping(config.training_data),
             "model": to_mapping(config.model),
         },
     )

@@ -52,7 +52,7 @@ class CompactLinesData:
         self._config, self._lines = config, CompactLines(key_words(config.words))
         if tokenizer.to_mapping() != self._lines.tokenizer.to_mapping():
             raise ValueError(
-                f"data.name=compact_lines with words={config.words} is written in its own words, not in those of the "
+                f"training_data.name=compact_lines with words={config.words} is written in its own words, not in those of the "
                 f"model's tokenizer; set model.tokenizer={{name: compact_lines, words: {config.words}}}"
             )
 
@@ -98,7 +98,7 @@ class CompactLineRows:
         if short_share > 0 and not config.fewest_lines <= lines:
             raise ValueError(
                 f"short records have at least fewest_lines={config.fewest_lines} lines, the others {lines}; lower "
-                f"data.fewest_lines, or set the stage's short_share to 0"
+                f"training_data.fewest_lines, or set the stage's short_share to 0"
             )
         self._compact, self._config, self._length, self._lines = compact, config, length, lines
         self._short_share, self._seed = short_share, seed

@@ -52,7 +52,7 @@ class DocumentsData:
         if short_share > 0:
             raise ValueError(
                 f"documents are as long as they are, got short_share={short_share}; set it to 0, and mix in another "
-                f"set of documents for shorter ones (data.name=mixture)"
+                f"set of documents for shorter ones (training_data.name=mixture)"
             )
         # A seed sequence of several numbers becomes the one that packing takes.
         mixed = sum(number * 1_000_003**place for place, number in enumerate(reversed(seed)))

@@ -140,7 +140,7 @@ class LongEvalRows:
         if short_share > 0 and not config.fewest_lines <= lines:
             raise ValueError(
                 f"short records have at least fewest_lines={config.fewest_lines} lines, the others {lines}; lower "
-                f"data.fewest_lines, or set the stage's short_share to 0"
+                f"training_data.fewest_lines, or set the stage's short_share to 0"
             )
         self._config, self._tokenizer, self._length, self._lines = config, tokenizer, length, lines
         self._short_share, self._seed, self._words = short_share, seed, key_words(config.words)

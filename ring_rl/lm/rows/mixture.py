@@ -27,10 +27,10 @@ class MixedRows:
 
     def __init__(self, parts: Mapping[str, RowSource], shares: Sequence[float], *, seed: tuple[int, ...]):
         if not parts:
-            raise ValueError("a mixture needs at least one part; name one in data.parts")
+            raise ValueError("a mixture needs at least one part; name one in training_data.parts")
         for name, share in zip(parts, shares, strict=True):
             if not 0 < share < float("inf"):
-                raise ValueError(f"data.parts.{name}.share must be positive, got {share}; leave the part out")
+                raise ValueError(f"training_data.parts.{name}.share must be positive, got {share}; leave the part out")
         self._parts, self._seed = list(parts.values()), seed
         self._until = np.cumsum(shares) / np.sum(shares)
 

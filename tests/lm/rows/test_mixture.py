@@ -34,7 +34,7 @@ def test_rows_come_from_each_part_by_its_share_and_all_have_one_structure():
 
 
 def test_shares_are_positive():
-    with pytest.raises(ValueError, match=r"data\.parts\.a\.share must be positive, got 0"):
+    with pytest.raises(ValueError, match=r"training_data\.parts\.a\.share must be positive, got 0"):
         MixedRows({"a": Constant(0, packed=True)}, [0.0], seed=(0,))
     with pytest.raises(ValueError, match="at least one part"):
         MixedRows({}, [], seed=(0,))
