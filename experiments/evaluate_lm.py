@@ -1,9 +1,11 @@
 """What a language model finds in long contexts; conf/evaluate_lm.yaml documents every key."""
 
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from omegaconf import DictConfig
@@ -13,16 +15,32 @@ from rich.table import Table
 
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
+from ring_rl.lm.documents.load import read_tokens
 from ring_rl.lm.evaluation.cells import SampleRecord
+from ring_rl.lm.evaluation.perplexity_suite import (
+    PerplexityConfig,
+    PerplexityRecord,
+    chosen_documents,
+    evaluate_perplexity,
+    missing_perplexities,
+    write_perplexity_report,
+)
 from ring_rl.lm.evaluation.prompts import Prompter, TemplateConfig
 from ring_rl.lm.evaluation.report import ReportConfig, Subject, write_report
 from ring_rl.lm.evaluation.run import Questioner, QuestionsConfig, evaluate, missing_samples
 from ring_rl.lm.evaluation.sample_log import SampleLog
 from ring_rl.lm.evaluation.suites import MAY_GROW, SuiteConfig, make_suite
 from ring_rl.lm.load_model import LoadedModel, ModelSource, load_model, warn_beyond_trained_positions
+from ring_rl.lm.tokenizer.protocol import Tokenizer
+from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.mesh import MeshConfig, request_virtual_devices
 from ring_rl.training.parallel_config import ParallelConfig, make_parallel
 from ring_rl.training.provenance import device_description, git_commit, versions
+
+T = TypeVar("T", SampleRecord, PerplexityRecord)
+
+# Where things lie, and in what memory the same is computed.
+MAY_DIFFER = (*MAY_GROW, "suite.chunks", "suite.haystack", "suite.documents.token_cache", "suite.documents.source.root")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +48,7 @@ class EvaluateLMConfig:
     """Who is asked what, and where the answers go."""
 
     model: ModelSource
-    suite: SuiteConfig
+    suite: SuiteConfig | PerplexityConfig
     template: TemplateConfig
     questions: QuestionsConfig
     report: ReportConfig
@@ -44,10 +62,12 @@ class EvaluateLMConfig:
 def identity(config: EvaluateLMConfig, loaded: LoadedModel) -> dict[str, Any]:
     """What a sample's result depends on; where the model lies and on which devices it runs is not among it."""
     model = to_mapping(config.model)
-    for free in ("run_dir", "path", "step"):
+    for free in ("run_dir", "path", "step", "feed_forward_chunks", "attention_block_size", "saved_activations"):
         model.pop(free, None)
+        model["overrides"].pop(free, None)
+    origin = {key: loaded.origin.get(key) for key in ("label", "seed", "step")}
     return {
-        "model": model | {"step": loaded.origin.get("step"), "label": loaded.origin.get("label")},
+        "model": {**model, **origin},
         "suite": to_mapping(config.suite),
         "template": to_mapping(config.template),
     }
@@ -58,6 +78,104 @@ def model_label(config: EvaluateLMConfig, loaded: LoadedModel) -> str:
     return config.label or loaded.origin.get("label") or Path(loaded.origin["path"]).stem
 
 
+def provenance() -> dict[str, Any]:
+    """Of the summary."""
+    return {
+        "commit": git_commit(),
+        "device": device_description(),
+        "versions": versions("ring_rl", "jax", "flax"),
+    }
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, done: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar with the time left; gives what hears of answered samples."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        bar = progress.add_task("compiling", total=total, completed=done)
+        yield lambda what, count: progress.update(bar, advance=count, description=what)
+
+
+def opened_log(config: EvaluateLMConfig, loaded: LoadedModel, record_type: type[T]) -> SampleLog[T]:
+    """The output folder's log."""
+    key: Callable[[T], Hashable] = lambda record: record.key  # noqa: E731
+    return SampleLog(
+        config.output, record_type=record_type, key=key, identity=identity(config, loaded), may_differ=MAY_DIFFER
+    )
+
+
+def ask(
+    config: EvaluateLMConfig,
+    suite_config: SuiteConfig,
+    loaded: LoadedModel,
+    tokenizer: Tokenizer,
+    parallel: SequenceParallel,
+) -> dict[str, float]:
+    """A suite of questions; returns the main figures by name."""
+    prompter = Prompter(tokenizer, config.template)
+    suite, modes = make_suite(suite_config, prompter), config.questions.modes
+    warn_beyond_trained_positions(loaded.config, len(prompter.prompt(suite.sample(suite.cells()[-1], 0))))
+    questioner = Questioner(loaded.model, prompter, parallel=parallel, questions=config.questions)
+    wanted = [cell.key(mode, index) for cell in suite.cells() for mode in modes for index in range(suite.samples)]
+    with opened_log(config, loaded, SampleRecord) as log:
+        left = sum(map(len, missing_samples(suite, log, modes).values()))
+        with progress_bar(len(wanted), len(wanted) - left) as on_samples:
+            evaluate(questioner, suite, log, on_samples=on_samples)
+        records = [log.records[key] for key in wanted]
+    summary = write_report(
+        records,
+        config.output,
+        suite=suite_config.name,
+        unit=suite.unit,
+        subject=Subject(
+            name=model_label(config, loaded),
+            trained_length=loaded.config.trained_positions or None,
+            seed=suite_config.seed,
+            settings=to_mapping(config),
+            provenance=provenance(),
+        ),
+        config=config.report,
+    )
+    return {f"{each['task']}_{each['length']}_{each['mode']}": each["score"]["value"] for each in summary["scores"]}
+
+
+def measure_perplexity(
+    config: EvaluateLMConfig,
+    suite: PerplexityConfig,
+    loaded: LoadedModel,
+    tokenizer: Tokenizer,
+    parallel: SequenceParallel,
+) -> dict[str, float]:
+    """Perplexity of documents; returns the main figures by name."""
+    documents = chosen_documents(read_tokens(suite.documents, tokenizer, progress=True), suite)
+    warn_beyond_trained_positions(loaded.config, suite.lengths[-1])
+    with opened_log(config, loaded, PerplexityRecord) as log:
+        total = len(suite.rules) * len(suite.lengths) * len(documents)
+        left = len(missing_perplexities(suite, list(documents), log))
+        with progress_bar(total, total - left) as on_samples:
+            evaluate_perplexity(
+                loaded.model,
+                documents,
+                suite,
+                log,
+                parallel=parallel,
+                batch_tokens=config.questions.batch_tokens,
+                on_samples=on_samples,
+            )
+        records = [
+            log.records[rule, length, name] for rule in suite.rules for length in suite.lengths for name in documents
+        ]
+    summary = write_perplexity_report(
+        records,
+        config.output,
+        name=model_label(config, loaded),
+        trained_length=loaded.config.trained_positions or None,
+        settings=to_mapping(config),
+        provenance=provenance(),
+    )
+    return {f"perplexity_{each['rule']}_{each['length']}": each["value"] for each in summary["perplexity"]}
+
+
 def evaluate_lm(config: EvaluateLMConfig) -> None:
     """Asks what is missing, then prints a table and writes CSV, Markdown, JSON and pictures."""
     request_virtual_devices(config.virtual_devices)
@@ -65,67 +183,21 @@ def evaluate_lm(config: EvaluateLMConfig) -> None:
     loaded = load_model(config.model, parallel)
     if loaded.tokenizer is None:
         raise ValueError("the model came without a tokenizer; name one: model.tokenizer")
-    prompter = Prompter(loaded.tokenizer, config.template)
-    suite = make_suite(config.suite, prompter)
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        longest = suite.cells()[-1]
-        warn_beyond_trained_positions(loaded.config, len(prompter.prompt(suite.sample(longest, 0))))
-    questioner = Questioner(loaded.model, prompter, parallel=parallel, questions=config.questions)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with SampleLog(
-        config.output,
-        record_type=SampleRecord,
-        key=lambda record: record.key,
-        identity=identity(config, loaded),
-        may_differ=MAY_GROW,
-    ) as log:
-        total = len(suite.cells()) * suite.samples * len(config.questions.modes)
-        left = sum(map(len, missing_samples(suite, log, config.questions.modes).values()))
-        with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-            bar = progress.add_task("compiling", total=total, completed=total - left)
-            evaluate(
-                questioner,
-                suite,
-                log,
-                on_samples=lambda what, count: progress.update(bar, advance=count, description=what),
-            )
-        wanted = [
-            cell.key(mode, index)
-            for cell in suite.cells()
-            for mode in config.questions.modes
-            for index in range(suite.samples)
-        ]
-        records = [log.records[key] for key in wanted]
-    subject = Subject(
-        name=model_label(config, loaded),
-        trained_length=loaded.config.trained_positions or None,
-        seed=config.suite.seed,
-        settings=to_mapping(config),
-        provenance={
-            "commit": git_commit(),
-            "device": device_description(),
-            "versions": versions("ring_rl", "jax", "flax"),
-        },
-    )
-    summary = write_report(
-        records, config.output, suite=config.suite.name, unit=suite.unit, subject=subject, config=config.report
-    )
-    show(config.output, subject.name)
-    print(
-        " ".join(
-            f"{each['task']}_{each['length']}_{each['mode']}={each['score']['value']:.3f}" for each in summary["scores"]
-        )
-        + f" samples={len(records)}"
-    )
+    warnings.simplefilter("always", UserWarning)
+    if isinstance(config.suite, PerplexityConfig):
+        figures = measure_perplexity(config, config.suite, loaded, loaded.tokenizer, parallel)
+    else:
+        figures = ask(config, config.suite, loaded, loaded.tokenizer, parallel)
+    show(config.output, f"{model_label(config, loaded)}: {config.suite.name}")
+    print(" ".join(f"{name}={value:.3f}" for name, value in figures.items()))
 
 
 def show(output: Path, title: str) -> None:
     """Prints the table that was written."""
     head, _, *lines = (output / "table.md").read_text().splitlines()
-    table = Table(title=f"{title}: share of right answers with its 95% interval")
-    for column in head.strip("| ").split(" | "):
-        table.add_column(column)
+    table = Table(title=title)
+    for column in head.strip("|").split("|"):
+        table.add_column(column.strip())
     for line in lines:
         table.add_row(*(cell.strip() for cell in line.strip("|").split("|")))
     # Wide enough for every cell, whatever the terminal: a table that is cut says nothing.

@@ -15,7 +15,15 @@ from ring_rl.lm.evaluation.cells import MODE_NAMES
 from ring_rl.lm.evaluation.scores import CellScore
 from ring_rl.training.plots import write_figure
 
-__all__ = ["PublishedCurve", "length_label", "log2_lengths", "plot_by_depth", "plot_by_length", "plot_heat_map"]
+__all__ = [
+    "PublishedCurve",
+    "length_label",
+    "log2_lengths",
+    "plot_by_depth",
+    "plot_by_length",
+    "plot_curves",
+    "plot_heat_map",
+]
 
 # Red, yellow and green, as heat maps of needle tests have them since EasyContext's.
 _HEAT = LinearSegmentedColormap.from_list("retrieval", ["#F0496E", "#EBB839", "#0CD79F"])

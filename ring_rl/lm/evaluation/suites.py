@@ -13,7 +13,7 @@ __all__ = ["MAY_GROW", "SuiteConfig", "make_suite"]
 SuiteConfig = LineRetrievalConfig | SingleNeedleConfig | MultiNeedleConfig | RulerConfig
 
 # What says which samples are asked, and nothing about any of them: an evaluation may go on with more of them.
-MAY_GROW = ("suite.lengths", "suite.depths", "suite.samples", "suite.tasks")
+MAY_GROW = ("suite.lengths", "suite.depths", "suite.samples", "suite.tasks", "suite.rules")
 
 
 def make_suite(config: SuiteConfig, prompter: Prompter) -> Suite:
