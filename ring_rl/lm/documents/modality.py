@@ -108,7 +108,7 @@ class MixedVocabulary:
         """
         number = self._number(span.modality)
         first, codes = self._first(number), self.modalities[number].codes
-        begins, next_frame, ends = first + codes + np.arange(_MARKERS)
+        begins, next_frame, ends = self._markers(number)
         if not span.frames:
             raise ValueError(f"a span of {span.modality} needs at least one frame")
         pieces: list[Sequence[int] | np.ndarray] = [[begins]]
@@ -151,7 +151,7 @@ class MixedVocabulary:
             if tokens[at] < self._first(number) + modality.codes + _MARKERS
         )
         modality, first = self.modalities[number], self._first(number)
-        begins, next_frame, ends = first + modality.codes + np.arange(_MARKERS)
+        begins, next_frame, ends = self._markers(number)
         if tokens[at] != begins:
             raise ValueError(f"token {at} is of {modality.name}, but no {modality.name} has begun")
         frames, start = [], at + 1
@@ -173,6 +173,11 @@ class MixedVocabulary:
                 f"there is no modality {name!r}; add it to documents.modalities ({', '.join(names) or 'none'} there)"
             )
         return names.index(name)
+
+    def _markers(self, number: int) -> tuple[int, int, int]:
+        """The ids that say: it begins, another frame follows, it ends."""
+        after = self._first(number) + self.modalities[number].codes
+        return after, after + 1, after + 2
 
     def _first(self, number: int) -> int:
         """The id of code 0."""

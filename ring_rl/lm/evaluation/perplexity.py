@@ -33,7 +33,7 @@ from ring_rl.lm.model import LanguageModel
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.typing import Array, Float32, Int
 
-__all__ = ["Perplexity", "losses_by_position", "sliding_losses", "truncated_losses"]
+__all__ = ["Perplexity", "losses_by_position", "sliding_losses", "token_losses", "truncated_losses"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _losses_of(
         tokens, targets = np.zeros((batch_size, length), np.int32), np.full((batch_size, length), -1, np.int32)
         for row, window in enumerate(pending):
             tokens[row, : len(window.tokens)], targets[row, : len(window.targets)] = window.tokens, window.targets
-        losses = _token_losses(
+        losses = token_losses(
             graphdef, state, placed(tokens), placed(positions), placed(targets), parallel=parallel, chunks=chunks
         )
         whole = np.asarray(multihost_utils.process_allgather(losses, tiled=True))
@@ -207,7 +207,7 @@ def _losses_of(
 
 
 @partial(jax.jit, static_argnames=("graphdef", "parallel", "chunks"))
-def _token_losses(
+def token_losses(
     graphdef: Any,
     state: nnx.State,
     tokens: Int[Array, "B T"],
@@ -217,6 +217,17 @@ def _token_losses(
     parallel: SequenceParallel,
     chunks: int,
 ) -> Float32[Array, "B T"]:
+    """-log p(target) of every token, 0 where there is no target; all arrays in the layout of `parallel`.
+
+    Args:
+        graphdef: the model's, as `nnx.split` gives it.
+        state: its parameters.
+        tokens: rows of one document each, padded on the right.
+        positions: 0 to T - 1 in every row.
+        targets: -1 is none.
+        parallel: the mesh.
+        chunks: steps in which the head runs.
+    """
     model: LanguageModel = nnx.merge(graphdef, state)
     # One document a row, padded on its right: causality alone hides the padding.
     hidden_BTM = model.hidden(tokens, positions, parallel)
