@@ -9,7 +9,7 @@ from flax import nnx
 
 from ring_rl.lm.generation.prompts import check_prompts, prompt_chunks
 from ring_rl.lm.generation.sampling import GREEDY, Sampling
-from ring_rl.lm.generation.steps import Drawn, compiled_steps
+from ring_rl.lm.generation.steps import Drawn, cache_size, compiled_prepare, compiled_steps
 from ring_rl.lm.model import LanguageModel
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.typing import Float32, Int32, PRNGKeyArray
@@ -53,7 +53,7 @@ class Generator:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 token, got {chunk_size}")
         self._config, self._parallel, self._chunk_size = model.config, parallel, chunk_size
-        self._parameters = compiled_steps(self._config, GREEDY, parallel).prepare(nnx.split(model)[1])
+        self._parameters = compiled_prepare(self._config, parallel)(nnx.split(model)[1])
 
     def __call__(
         self,
@@ -77,12 +77,14 @@ class Generator:
         if sampling.temperature > 0.0 and key is None:
             raise ValueError(f"sampling.temperature={sampling.temperature} draws at random and needs a key")
         report = on_progress or (lambda done, total: None)
-        steps = compiled_steps(self._config, sampling, self._parallel)
         chunks, longest = prompt_chunks(prompts, chunk_size=self._chunk_size), max(map(len, prompts))
         size, total = chunks[0].tokens.shape[1], longest + max_new_tokens
         key = jax.random.key(0) if key is None else key
         # The last token that is written need not be read; what stands after the end of a prompt is.
-        cache, drawn = steps.begin(len(prompts), steps.slots(max(len(chunks) * size, total - 1)))
+        devices = 1 if self._parallel is None else self._parallel.sequence_devices
+        slots, slot_block = cache_size(max(len(chunks) * size, total - 1), devices=devices)
+        steps = compiled_steps(self._config, sampling, self._parallel, slot_block=slot_block)
+        cache, drawn = steps.begin(len(prompts), slots)
         for index, chunk in enumerate(chunks, start=1):
             drawn, cache = steps.read(self._parameters, cache, chunk, drawn, key)
             jax.block_until_ready(drawn)

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from ring_rl.lm.generate import CHECK_EVERY, GREEDY, Generator, Sampling, generate
-from ring_rl.lm.generation.steps import compiled_steps, rounded_slots
+from ring_rl.lm.generation.steps import cache_size, compiled_steps
 from ring_rl.lm.model import LanguageModel, LanguageModelConfig
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.transformer import RetrievalAids, TransformerConfig
@@ -203,7 +203,7 @@ def test_nothing_is_written_after_all_rows_have_stopped(generator_on, prompts):
 
 
 def test_prompts_of_other_lengths_compile_nothing_new(generator_on, alone, prompts):
-    steps = compiled_steps(config(), GREEDY, None)
+    steps = compiled_steps(config(), GREEDY, None, slot_block=128)
     programs = lambda: steps.read._cache_size() + steps.write._cache_size()  # noqa: E731
     before = programs()
     generator_on(None)([prompt[:9] for prompt in prompts], max_new_tokens=3, sampling=GREEDY)
@@ -230,10 +230,12 @@ def test_what_cannot_be_done_is_refused_before_anything_is_computed(model, gener
         writer([np.array([V])], max_new_tokens=NEW, sampling=GREEDY)
 
 
-def test_slots_are_few_sizes_with_little_in_vain():
-    unit = 8 * 128
-    sizes = {tokens: rounded_slots(tokens, unit=unit) for tokens in range(1, 1 << 15, 37)}
-    for tokens, slots in sizes.items():
-        assert slots % unit == 0
-        assert tokens <= slots < max(1.25 * tokens, tokens) + unit
-    assert len(set(sizes.values())) <= 24
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_caches_come_in_few_sizes_with_little_in_vain(devices):
+    sizes = {tokens: cache_size(tokens, devices=devices) for tokens in range(1, 1 << 15, 37)}
+    for tokens, (slots, slot_block) in sizes.items():
+        assert slots % (devices * slot_block) == 0
+        assert tokens <= slots <= max(1.25 * tokens, 128) + devices * slot_block
+        # No device without a slot that is filled, once there is a token for each.
+        assert tokens < 128 or tokens > (devices - 1) * slot_block
+    assert len(set(sizes.values())) <= 32
