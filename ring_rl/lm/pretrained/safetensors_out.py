@@ -54,10 +54,7 @@ def save_pretrained(
     files = {} if tokenizer is None else _tokenizer_files(tokenizer)
     if tokenizer is not None:
         config |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not overwritten; move it away or choose another name")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder.parent} to write {folder.name} into; make it first")
+    check_export(folder)
     parameters = _parameters(model)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -70,6 +67,14 @@ def save_pretrained(
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def check_export(folder: Path) -> None:
+    """Raises FileExistsError if the folder holds something, FileNotFoundError if there is nowhere to make it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not overwritten; move it away or choose another name")
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder.parent} to write {folder.name} into; make it first")
 
 
 def _parameters(model: LanguageModel) -> dict[ParameterPath, Array]:
