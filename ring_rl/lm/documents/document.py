@@ -120,21 +120,27 @@ class PartOfDocuments:
     Args:
         source: holds all of them.
         part: which ones.
-        held_out_share: of all, on average.
+        held_out_share: of all, on average, and chosen at random.
+        held_out_names: documents that are held out besides.
 
     Raises:
-        ValueError: the share is not in [0, 1], or the part is empty.
+        ValueError: the share is not in [0, 1], there is no document of such a name, or the part is empty.
     """
 
-    def __init__(self, source: DocumentSource, *, part: Part, held_out_share: float):
+    def __init__(self, source: DocumentSource, *, part: Part, held_out_share: float, held_out_names: tuple[str, ...]):
         if not 0 <= held_out_share <= 1:
             raise ValueError(f"documents.held_out_share must be in [0, 1], got {held_out_share}")
-        self._source, self._part, self._share = source, part, held_out_share
-        self._chosen = [
-            index
-            for index in range(len(source))
-            if part == "all" or (_position(source.name(index)) < held_out_share) == (part == "held_out")
-        ]
+        self._source = source
+        self._settings = (part, repr(held_out_share), *held_out_names)
+        names = [source.name(index) for index in range(len(source))]
+        if missing := sorted(set(held_out_names) - set(names)):
+            raise ValueError(f"documents.held_out_names holds {missing[0]}, but there is no such document; remove it")
+
+        def belongs(name: str) -> bool:
+            held_out = name in held_out_names or _position(name) < held_out_share
+            return part == "all" or held_out == (part == "held_out")
+
+        self._chosen = [index for index, name in enumerate(names) if belongs(name)]
         if not self._chosen:
             raise ValueError(
                 f"documents.part={part} with held_out_share={held_out_share} leaves none of {len(source)} documents; "
@@ -155,9 +161,9 @@ class PartOfDocuments:
     @property
     def fingerprint(self) -> str:
         """The source's, and which part this is."""
-        if self._part == "all":
+        if self._settings[0] == "all":
             return self._source.fingerprint
-        return digest(self._source.fingerprint, self._part, repr(self._share))
+        return digest(self._source.fingerprint, *self._settings)
 
 
 def digest(*parts: str) -> str:

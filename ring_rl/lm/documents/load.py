@@ -31,6 +31,7 @@ class DocumentsConfig:
         source: where the documents come from.
         part: all of them, those for training, or those held out.
         held_out_share: share of the documents that are held out, chosen by their names.
+        held_out_names: documents that are held out besides.
         begin_token: whether the tokenizer's begin token comes first in every document.
         end_token: whether its end token comes last.
         text_loss_weight: what a token of text counts in the loss.
@@ -42,6 +43,7 @@ class DocumentsConfig:
     source: SourceConfig
     part: Part
     held_out_share: float
+    held_out_names: tuple[str, ...]
     begin_token: bool
     end_token: bool
     text_loss_weight: float
@@ -60,7 +62,12 @@ def open_source(config: DocumentsConfig) -> DocumentSource:
     source = _open(config.source)
     if not len(source):
         raise ValueError(f"documents.source={config.source.name} holds no document; name other files")
-    return PartOfDocuments(source, part=config.part, held_out_share=config.held_out_share)
+    return PartOfDocuments(
+        source,
+        part=config.part,
+        held_out_share=config.held_out_share,
+        held_out_names=config.held_out_names,
+    )
 
 
 def mixed_vocabulary(config: DocumentsConfig, tokenizer: Tokenizer) -> MixedVocabulary:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ring_rl.lm.documents.document import CodeSpan, Document, Span, TextSpan
 
-__all__ = ["document_of_spans", "document_of_text"]
+__all__ = ["document_of_spans", "document_of_text", "record_of_spans"]
 
 
 def document_of_text(
@@ -38,6 +38,18 @@ def document_of_spans(record: Mapping[str, Any], *, place: str, name: str, spans
     if not isinstance(entries, list):
         raise ValueError(f"{place}: field {spans_field!r} must be a list of spans, got {type(entries).__name__}")
     return Document(name, tuple(_span(entry, f"{place}: {spans_field}[{i}]") for i, entry in enumerate(entries)))
+
+
+def record_of_spans(document: Document, *, spans_field: str) -> dict[str, Any]:
+    """The record that `document_of_spans` reads as this document, as plain JSON."""
+    entries = []
+    for span in document.spans:
+        if isinstance(span, TextSpan):
+            entries.append({"text": span.text, "weighted": span.weighted})
+        else:
+            frames = [frame.tolist() for frame in span.frames]
+            entries.append({"modality": span.modality, "frames": frames, "weighted": span.weighted})
+    return {spans_field: entries}
 
 
 def _span(entry: Any, place: str) -> Span:

@@ -63,6 +63,10 @@ def python_sources(root, *, exclude=(), minimum_bytes=0):
     )
 
 
+def part_of(source, part, *, share=0.0, names=()):
+    return PartOfDocuments(source, part=part, held_out_share=share, held_out_names=names)
+
+
 def texts(source):
     return [document.text for document in documents_in_order(source, seed=None, start=0)]
 
@@ -77,10 +81,7 @@ def test_reading_goes_on_in_the_seeds_order_where_it_ended():
 
 def test_every_document_is_in_one_part_and_stays_there_when_others_come():
     parts = {
-        count: {
-            part: set(texts(PartOfDocuments(Numbers(count), part=part, held_out_share=0.25)))
-            for part in ("training", "held_out")
-        }
+        count: {part: set(texts(part_of(Numbers(count), part, share=0.25))) for part in ("training", "held_out")}
         for count in (200, 400)
     }
     for of_count, count in ((parts[200], 200), (parts[400], 400)):
@@ -92,7 +93,18 @@ def test_every_document_is_in_one_part_and_stays_there_when_others_come():
 
 def test_an_empty_part_is_refused():
     with pytest.raises(ValueError, match="leaves none of 3 documents"):
-        PartOfDocuments(Numbers(3), part="held_out", held_out_share=0.0)
+        part_of(Numbers(3), "held_out", share=0.0)
+    with pytest.raises(ValueError, match="held_out_names holds number 7, but there is no such document"):
+        part_of(Numbers(3), "held_out", names=("number 7",))
+
+
+def test_documents_may_be_held_out_by_name():
+    names = ("number 2", "number 5")
+    assert texts(part_of(Numbers(6), "held_out", names=names)) == ["2", "5"]
+    assert texts(part_of(Numbers(6), "training", names=names)) == ["0", "1", "3", "4"]
+    assert texts(part_of(Numbers(6), "all", names=names)) == [str(i) for i in range(6)]
+    prints = {part_of(Numbers(6), part, names=names).fingerprint for part in ("all", "training", "held_out")}
+    assert len(prints) == 3
 
 
 def test_text_files_come_in_the_order_of_their_paths_as_they_are(tmp_path):
