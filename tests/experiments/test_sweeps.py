@@ -18,6 +18,11 @@ from ring_rl.training.metrics import read_metrics
 REPOSITORY = Path(__file__).parents[2]
 SWEEPS = sorted((REPOSITORY / "conf" / "sweep").glob("*.yaml"))
 RUN_DIR = "run_dir=experiments/runs/sweep/${oc.env:WANDB_SWEEP_ID}/${oc.env:WANDB_RUN_ID}"
+# Each entry point that sweeps run, and its configuration.
+PROGRAMS = {
+    "experiments/train_agent.py": ("train_agent", "TrainAgentConfig"),
+    "experiments/train_lm.py": ("train_lm", "TrainLmConfig"),
+}
 CONTINUOUS = {"uniform": float, "log_uniform_values": float, "int_uniform": int}
 
 
@@ -55,7 +60,7 @@ def command(sweep, combination, **replaced):
 
 def overrides(sweep, combination):
     env, interpreter, program, *rest = command(sweep, combination)
-    assert (env, interpreter, program) == ("/usr/bin/env", "python", "experiments/train_agent.py")
+    assert (env, interpreter, program) == ("/usr/bin/env", "python", sweep["program"])
     return rest
 
 
@@ -79,11 +84,12 @@ def test_there_are_sweeps():
 def test_every_combination_composes(path, load_script, inside_a_sweep):
     sweep = load(path)
     assert set(sweep) == {"program", "project", "method", "metric", "parameters", "command"}
-    config_class = load_script("train_agent").TrainAgentConfig
+    script, config_name = PROGRAMS[sweep["program"]]
+    config_class = getattr(load_script(script), config_name)
     seen = []
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         for combination in combinations(sweep):
-            resolved = resolve(compose("train_agent", overrides=overrides(sweep, combination)))
+            resolved = resolve(compose(script, overrides=overrides(sweep, combination)))
             resolved.pop("experiment", None)
             config = from_mapping(config_class, resolved)
             assert config.run_dir == Path("experiments/runs/sweep/sweep1/run1")
@@ -100,7 +106,7 @@ def test_no_two_runs_share_a_folder_and_none_has_one_by_chance(path, inside_a_sw
     assert RUN_DIR in overrides(sweep, next(combinations(sweep)))
     assert sweep["command"].count(RUN_DIR) == 1
     with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        composed = compose("train_agent", overrides=[RUN_DIR])
+        composed = compose(PROGRAMS[sweep["program"]][0], overrides=[RUN_DIR])
         inside_a_sweep("run2")
         assert resolve(composed)["run_dir"] == "experiments/runs/sweep/sweep1/run2"
         monkeypatch.delenv("WANDB_RUN_ID")
@@ -145,6 +151,8 @@ def test_a_preempted_run_is_handed_back_to_the_sweep_and_goes_on(
     train()
     assert told == [0]
     for path in SWEEPS:
+        if load(path)["program"] != sweep["program"]:
+            continue
         assert all(load(path)["metric"]["name"] in record for record in metrics("run1")), path
 
     inside_a_sweep("run2")

@@ -102,22 +102,23 @@ def test_a_killed_run_goes_on_in_its_stage(tmp_path):
         *ONE_DEVICE,
         "virtual_devices=1",
         "stages.lines_8.steps=2",
-        "stages.lines_112.steps=400",
+        "stages.lines_112.steps=150",
+        "loop.checkpoint_every=20",
     ]
     quiet = {"cwd": REPOSITORY, "env": {**os.environ, "XLA_FLAGS": ""}, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, **quiet) as victim:
         deadline = time.monotonic() + 200
-        while not (tmp_path / "run" / "checkpoints" / "6").exists():
+        while not (tmp_path / "run" / "checkpoints" / "20").exists():
             assert victim.poll() is None, victim.stderr.read().decode()
             assert time.monotonic() < deadline
             time.sleep(0.02)
         victim.send_signal(signal.SIGKILL)
     reached = len(losses(tmp_path / "run"))
-    assert reached < 402
+    assert reached < 152
     finished = subprocess.run(command, stdout=subprocess.PIPE, **quiet)
     assert finished.returncode == 0, finished.stderr.decode()
     assert b"in stage lines_112" in finished.stdout
-    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 403))
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 153))
 
 
 def test_a_trained_model_is_where_another_training_begins(train_lm, finished, tmp_path):
