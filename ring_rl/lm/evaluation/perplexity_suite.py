@@ -121,7 +121,9 @@ def missing_perplexities(
     config: PerplexityConfig, names: Sequence[str], log: SampleLog[PerplexityRecord]
 ) -> list[tuple[Rule, int, str]]:
     """What is still to be read, in order."""
-    wanted = [(rule, length, name) for rule in config.rules for length in config.lengths for name in names]
+    wanted: list[tuple[Rule, int, str]] = [
+        (rule, length, name) for rule in config.rules for length in config.lengths for name in names
+    ]
     return [key for key in wanted if key not in log.records]
 
 
@@ -189,7 +191,7 @@ def write_perplexity_report(
         writer.writerow([each.rule, each.length, each.document, each.tokens, f"{each.loss_sum:.6g}", f"{value:.6g}"])
     write_whole(output / "perplexity.csv", text.getvalue())
     lengths = sorted({length for _, length in together})
-    rules = list(dict.fromkeys(rule for rule, _ in together))
+    rules: list[Rule] = list(dict.fromkeys(rule for rule, _ in together))
     rows = [["rule", "documents", *map(length_label, lengths)]]
     for rule in rules:
         documents = len({each.document for each in records if each.rule == rule})

@@ -136,13 +136,12 @@ def plot_heat_map(scores: Sequence[CellScore], path: Path, *, title: str, x_labe
     width = max(4.4, 0.6 * len(lengths) + 2)
     figure = Figure(figsize=(width * len(panels), 0.32 * len(depths) + 2.2), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    image = None
     for axes, ((task, mode), panel) in zip(grid, panels.items(), strict=True):
         values = np.full((len(depths), len(lengths)), np.nan)
         for each in panel:
             if each.depth is not None:
                 values[depths.index(each.depth), lengths.index(each.length)] = each.score.value
-        image = axes.imshow(values, cmap=_HEAT, vmin=0, vmax=1, aspect="auto")
+        axes.imshow(values, cmap=_HEAT, vmin=0, vmax=1, aspect="auto")
         axes.set_xticks(range(len(lengths)), [length_label(each) for each in lengths], rotation=45)
         axes.set_yticks(range(len(depths)), [f"{100 * each:.0f}%" for each in depths])
         axes.set_xlabel(x_label)
@@ -150,7 +149,7 @@ def plot_heat_map(scores: Sequence[CellScore], path: Path, *, title: str, x_labe
         count = sorted({each.score.count for each in panel})
         n = f"{count[0]}" if len(count) == 1 else f"{count[0]} to {count[-1]}"
         axes.set_title(f"{task}, {mode}: mean {np.nanmean(values):.2f}, {n} samples a cell", fontsize="small")
-    figure.colorbar(image, ax=list(grid), label="score")
+    figure.colorbar(grid[0].images[0], ax=list(grid), label="score")
     figure.suptitle(title, fontsize="medium")
     write_figure(figure, path)
 

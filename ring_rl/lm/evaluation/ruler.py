@@ -10,7 +10,7 @@ from ring_rl.lm.evaluation.line_retrieval import check_grid
 from ring_rl.lm.evaluation.prompts import Prompter
 from ring_rl.lm.evaluation.suite import sample_generator
 from ring_rl.lm.tasks.ruler import RulerSource
-from ring_rl.lm.tasks.ruler_tasks import RULER_TASKS, RulerTaskName
+from ring_rl.lm.tasks.ruler_tasks import RULER_TASKS, RulerTask, RulerTaskName
 from ring_rl.lm.tasks.sample import Sample
 
 __all__ = ["Ruler", "RulerConfig"]
@@ -65,7 +65,7 @@ class Ruler:
 
     def max_new_tokens(self, cell: Cell) -> int:
         """See `Suite`."""
-        return next(task.tokens_to_generate for name, task in RULER_TASKS.items() if name == cell.task)
+        return self._task(cell).tokens_to_generate
 
     def chance(self, sample: Sample) -> float:
         """See `Suite`."""
@@ -75,12 +75,14 @@ class Ruler:
         """Sentences or words."""
         return sample.details["sentences" if "sentences" in sample.details else "words"]
 
+    def _task(self, cell: Cell) -> RulerTask:
+        return next(task for name, task in RULER_TASKS.items() if name == cell.task)
+
     def _source(self, cell: Cell) -> RulerSource:
         # The search for a context's size reads many contexts.
         if cell not in self._sources:
-            (task,) = (name for name in RULER_TASKS if name == cell.task)
             self._sources[cell] = RulerSource(
-                task,
+                self._task(cell).name,
                 length=cell.length,
                 room=self.max_new_tokens(cell) + self._prompter.template_tokens,
                 tokenizer=self._prompter.tokenizer,

@@ -86,7 +86,7 @@ class Questioner:
         )
         return [
             Verdict(
-                tokens=int(np.argmax(row.answer_ids >= 0)) + 1,
+                tokens=int(np.argmax(row.weights > 0)) + 1,
                 score=float(np.mean(answer_hits(each.most_likely, each.targets, each.answer_ids))),
                 output=self.prompter.tokenizer.decode(each.most_likely),
                 negative_log_likelihood=-float(np.mean(each.log_probabilities, dtype=np.float64)),
@@ -116,7 +116,7 @@ def missing_samples(
     suite: Suite, log: SampleLog[SampleRecord], modes: Sequence[Mode]
 ) -> dict[tuple[Mode, Cell], list[int]]:
     """For every mode and cell that is not complete, the samples that are still to be asked."""
-    wanted = {
+    wanted: dict[tuple[Mode, Cell], list[int]] = {
         (mode, cell): [index for index in range(suite.samples) if cell.key(mode, index) not in log.records]
         for cell in suite.cells()
         for mode in modes
