@@ -43,7 +43,9 @@ class GenerateConfig:
 def generate(config: GenerateConfig) -> None:
     """Writes and says what was written."""
     console = Console(stderr=True)
-    names = {(length, task): f"{length}/{task}/validation.jsonl" for length in config.lengths for task in config.tasks}
+    names: dict[tuple[int, RulerTaskName], str] = {
+        (length, task): f"{length}/{task}/validation.jsonl" for length in config.lengths for task in config.tasks
+    }
     check_new(config.output, list(names.values()))
     tokenizer = load_tokenizer(config.tokenizer)
     # All sizes are searched for first: a length that is too short for a task is known before anything is written.
