@@ -141,7 +141,8 @@ def test_checkpoints_of_which_a_part_is_gone(script, call_script, refused, optio
     for path in gone:
         path.unlink()
     said = refused(call_script, script, *options(script, run_dir))
-    assert "checkpoint" in said
+    assert "cannot be read" in said
+    assert "move that folder away to fall back on an earlier one" in said
     assert not (tmp_path / "out").exists()
 
 
