@@ -67,8 +67,8 @@ def training_command(preset: PresetConfig, cell: Cell) -> list[str]:
     variant = preset.variants[cell.variant]
     return [
         "experiments/train_lm.py",
-        *variant.train,
         *preset.train,
+        *variant.train,
         f"label={quoted(variant.label)}",
         f"seed={cell.seed}",
         f"run_dir={cell.run_dir}",
