@@ -176,27 +176,16 @@ def test_documents_are_learned(train_lm, tmp_path):
     ("overrides", "complaint"),
     [
         (["stages.lines_112.batch_size=3", "mesh.fsdp=2", "mesh.sp=1"], "stages.lines_112: batch of 3"),
-        (["model.tokenizer={name: bytes}"], "not in those of the model's tokenizer"),
+        (["model.tokenizer.name=bytes", "~model.tokenizer.words"], "not in those of the model's tokenizer"),
         (["training_data.words=wonderwords"], "set model.tokenizer="),
         (["stages.lines_8.lines=null"], "stages.lines_8: a stage needs either length or lines"),
-        (["stages.lines_8.stepz=4"], "unknown key 'stages.lines_8.stepz'"),
-        (["model=run", "model.run_dir=nowhere", "~model.transformer"], "nowhere"),
+        (["+stages.lines_8.stepz=4"], "unknown key 'stages.lines_8.stepz'"),
+        (["model=run", "model.run_dir=nowhere"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_made(train_lm, refused, tmp_path, overrides, complaint):
-    if overrides[0].startswith("stages.lines_8.stepz"):
-        overrides = ["+" + overrides[0]]
-    if overrides[0] == "model=run":
-        overrides = overrides[:2]
-        said = refused(
-            train_lm,
-            tmp_path / "run",
-            *(each for each in SMALL if not each.startswith("model.")),
-            *overrides,
-            small=False,
-        )
-    else:
-        said = refused(train_lm, tmp_path / "run", *overrides)
+    small = [each for each in SMALL if "model=run" not in overrides or not each.startswith("model.")]
+    said = refused(train_lm, tmp_path / "run", *small, *overrides, small=False)
     assert complaint in said
     assert not (tmp_path / "run").exists()
 
