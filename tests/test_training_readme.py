@@ -15,6 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from ring_rl.training import optimizer
 from ring_rl.training.dry_run import DryRun
+from ring_rl.training.stage import TrainingStage
 from ring_rl.training.task import TrainingTask
 
 REPOSITORY = Path(__file__).parents[1]
@@ -72,6 +73,13 @@ def test_a_task_is_described_in_full():
     title, *listed = re.findall(r"^\| `(\w+)` \|", section("A task"), re.MULTILINE)
     assert title == TrainingTask.__name__
     assert listed == [field.name for field in dataclasses.fields(TrainingTask)]
+
+
+def test_a_stage_is_described_in_full():
+    rows = re.findall(r"^\| (`.+?) \|", section("Stages"), re.MULTILINE)
+    title, *listed = re.findall(r"`(\w+)`", " ".join(rows))
+    assert title == TrainingStage.__name__
+    assert listed == [field.name for field in dataclasses.fields(TrainingStage)]
 
 
 def test_the_dry_run_ends_as_it_does_today():
