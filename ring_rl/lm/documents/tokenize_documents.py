@@ -117,6 +117,7 @@ def tokenize_documents(
         parts = list(_saved_parts(cache))
     done = sum(len(part.names) for part in parts)
     pending: list[TokenizedDocument] = []
+    pending_tokens = 0
 
     def finish_part() -> None:
         part = TokenizedPart.of(pending, vocabulary_size=size, kinds=kinds)
@@ -127,9 +128,11 @@ def tokenize_documents(
         job = bar.add_task("tokenizing", total=len(source), completed=done)
         for document in documents_in_order(source, seed=None, start=done):
             pending.append(document_tokens(document))
+            pending_tokens += len(pending[-1].tokens)
             bar.advance(job)
-            if sum(len(each.tokens) for each in pending) >= _PART_TOKENS:
+            if pending_tokens >= _PART_TOKENS:
                 finish_part()
+                pending_tokens = 0
         if pending:
             finish_part()
     return TokenizedDocuments(parts, vocabulary_size=size)
@@ -140,7 +143,8 @@ def _claim(cache: Path, fingerprint: str) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     settings = cache / _SETTINGS
     if not settings.exists():
-        if left_over := sorted(path.name for path in cache.iterdir()):
+        # Hidden files are another process' unfinished ones: several may make the same cache, with the same contents.
+        if left_over := sorted(path.name for path in cache.iterdir() if not path.name.startswith(".")):
             raise ValueError(f"documents.token_cache={cache} holds {left_over[0]} already; name an empty folder")
         write_whole(settings, json.dumps({"fingerprint": fingerprint}) + "\n")
     if json.loads(settings.read_text()) != {"fingerprint": fingerprint}:

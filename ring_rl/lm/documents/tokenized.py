@@ -74,7 +74,9 @@ class TokenizedDocuments:
         self._begins = np.concatenate([np.zeros(0, np.int64), *begins])
         self.names = tuple(name for part in parts for name in part.names)
         self.lengths = np.concatenate([np.zeros(0, np.int64), *(part.lengths for part in parts)])
-        self._kind_counts = [counts for part in parts for counts in part.kind_counts]
+        self._kind_counts = (
+            np.concatenate([part.kind_counts for part in parts]) if parts else np.zeros((0, 0), np.int64)
+        )
 
     def __len__(self) -> int:
         return len(self.names)
