@@ -90,8 +90,10 @@ def plot_by_length(
     for each in scores:
         curves.setdefault((each.task, each.mode), []).append(each)
     tasks = list(dict.fromkeys(task for task, _ in curves))
-    for (task, mode), curve in curves.items():
-        x, color = [each.tokens for each in curve], f"C{tasks.index(task)}"
+    for number, ((task, mode), curve) in enumerate(curves.items()):
+        # A little beside one another: curves of both modes often agree.
+        aside = 2 ** (0.03 * (number - (len(curves) - 1) / 2))
+        x, color = [aside * each.tokens for each in curve], f"C{tasks.index(task)}"
         share = np.array([[each.score.value, each.score.low, each.score.high] for each in curve])
         count = sorted({each.score.count for each in curve})
         n = f"n = {count[0]}" if len(count) == 1 else f"n = {count[0]} to {count[-1]}"
@@ -163,6 +165,11 @@ def plot_by_depth(scores: Sequence[CellScore], path: Path, *, title: str, traine
         raise ValueError("a curve over depths needs samples that say where the answer stands; none of these does")
     lengths = sorted({length for panel in panels.values() for length in panel})
     colors = {length: _shade(index, len(lengths)) for index, length in enumerate(lengths)}
+
+    def aside(length: int) -> float:
+        """In per cent: bars of different lengths stand beside one another."""
+        return 1.2 * (lengths.index(length) - (len(lengths) - 1) / 2)
+
     figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
     grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, ((task, mode), panel) in zip(grid, panels.items(), strict=True):
@@ -170,7 +177,7 @@ def plot_by_depth(scores: Sequence[CellScore], path: Path, *, title: str, traine
             share = np.array([[each.score.value, each.score.low, each.score.high] for each in curve])
             beyond = trained_length is not None and np.mean([each.tokens for each in curve]) > trained_length
             axes.errorbar(
-                [100 * (each.depth or 0.0) for each in curve],
+                [100 * (each.depth or 0.0) + aside(length) for each in curve],
                 share[:, 0],
                 yerr=np.abs(share[:, 1:] - share[:, :1]).T,
                 color=colors[length],

@@ -120,14 +120,13 @@ def write_report(
         "published": None if config.published is None else dataclasses.asdict(config.published),
     }
     write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
-    x_label = "tokens of the prompt"
     plot_by_length(
         lengths,
         output / "accuracy_by_length.png",
-        title=title,
+        title=title if config.published is None else f"{title}\nin grey: {config.published.source}",
         trained_length=subject.trained_length,
         published=() if config.published is None else config.published.curves,
-        x_label=x_label if config.published is None else f"{x_label}; in grey: {config.published.source}",
+        x_label="tokens of the prompt",
     )
     if any(each.depth is not None for each in cells):
         plot_heat_map(cells, output / "heat_map.png", title=title, x_label=f"{unit} of the prompt")

@@ -234,7 +234,7 @@ def _plot(
     log2_lengths(axes, [2.0 ** round(np.log2(length)) for length in lengths], label="tokens of the prompt")
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("line retrieval accuracy")
-    axes.set_title(f"{preset.hardware}, {MODE_NAMES[preset.mode]}; in grey {published.source}", fontsize="small")
+    axes.set_title(f"{preset.hardware}, {MODE_NAMES[preset.mode]}\nin grey: {published.source}", fontsize="small")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     write_figure(figure, path)
