@@ -81,9 +81,9 @@ class LoopIntervals:
 
     def until(self, steps: int, *, profile: bool = True) -> LoopConfig:
         """With so many steps in all and no evaluation; without the profile where it is not wanted."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(LoopIntervals)}
-        traced = self.profile if profile else None
-        return LoopConfig(**(fields | {"profile": traced}), steps=steps, evaluate_every=None)
+        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(LoopIntervals)}
+        fields["profile"] = self.profile if profile else None
+        return LoopConfig(**fields, steps=steps, evaluate_every=None)
 
     def _check_at_least_one(self, *names: str) -> None:
         for name in names:
