@@ -143,8 +143,12 @@ class GGUFFile(TensorSource):
             raise ValueError(f"{self.path} has another {', '.join(listed)} in every layer, which is not supported")
         if said.get("expert_count", 0):
             raise ValueError(f"{self.path} is a mixture of {said['expert_count']} experts, which is not supported")
-        turning, heads = said.get("rope.dimension_count"), config.get("num_attention_heads")
-        if turning is not None and heads and turning != config.get("head_dim", config["hidden_size"] // heads):
+        turning, width, heads = (
+            said.get("rope.dimension_count"),
+            config.get("hidden_size"),
+            config.get("num_attention_heads"),
+        )
+        if turning and width and heads and turning != config.get("head_dim", width // heads):
             raise ValueError(f"{self.path} turns {turning} dimensions of a head and not all, which is not supported")
         scaling = {key.removeprefix("rope.scaling.") for key in said if key.startswith("rope.scaling.")}
         unknown = sorted(scaling - {*_SCALING_KEYS, "finetuned"})

@@ -24,7 +24,14 @@ from ring_rl.lm.pretrained.overrides import ModelOverrides
 from ring_rl.lm.pretrained.rotary_parameters import rope_scaling, rotary_scaling
 from ring_rl.nn.transformer_config import ComputeDtype
 
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
 # What each must be, and what transformers takes it for where it is absent.
 _FIXED = {
     "hidden_act": "silu",
@@ -50,9 +57,12 @@ def language_model_config(
         ValueError: It is not a LLaMA, a size is missing or impossible, or it asks for what this model does not do.
     """
     _check_architecture(mapping, where)
-    missing = [key for key in (*_SIZES, "max_position_embeddings") if mapping.get(key) is None]
+    missing = [key for key in _SIZES if mapping.get(key) is None]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; it is not the whole configuration of a LLaMA")
+    wrong = [f"{key}={mapping[key]!r}" for key in _SIZES if type(mapping[key]) is not int or mapping[key] < 1]
+    if wrong:
+        raise ValueError(f"{where} has {', '.join(wrong)}, which must be whole numbers of at least 1")
     width, query_heads = mapping["hidden_size"], mapping["num_attention_heads"]
     head_dim = mapping.get("head_dim")
     if head_dim is None:

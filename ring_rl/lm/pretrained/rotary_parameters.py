@@ -21,7 +21,7 @@ _KEYS: dict[str, dict[str, tuple[str, Any]]] = {
         "attention_factor": ("attention_factor", None),
     },
 }
-_NAMES = ("rope_type", "type", "rope_theta")
+_NAMES = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 def rotary_scaling(mapping: Mapping[str, Any], *, where: str) -> tuple[float, dict[str, Any] | None]:
@@ -32,6 +32,11 @@ def rotary_scaling(mapping: Mapping[str, Any], *, where: str) -> tuple[float, di
     """
     saved = dict(mapping.get("rope_parameters") or mapping.get("rope_scaling") or {})
     base = saved.get("rope_theta") or mapping.get("rope_theta") or 10000.0
+    if saved.get("partial_rotary_factor") not in (None, 1.0):
+        raise ValueError(
+            f"{where} turns a share of {saved['partial_rotary_factor']} of each head (partial_rotary_factor), which "
+            "transformers' LLaMA does not do either; it is another architecture"
+        )
     kind = saved.get("rope_type") or saved.get("type") or "default"
     if kind == "default":
         return base, None
