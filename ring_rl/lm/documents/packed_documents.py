@@ -66,7 +66,10 @@ class PackedDocuments:
             )
         sizes = [piece.stop - piece.start for piece in pieces]
         rows = fill_rows(sizes, row_length=row_length, open_rows=config.open_rows)
-        self._rows = [[pieces[number] for number in row] for row in rows]
+        # Arrays, as a list of every piece of a large corpus would take a hundred bytes each: row n has the pieces
+        # begins[n] to begins[n + 1].
+        self._pieces = np.array(pieces, np.int64)[np.concatenate([np.array(row) for row in rows])]
+        self._begins = np.cumsum([0, *map(len, rows)])
         self._filled = sum(sizes)
         # Small, and the same for all rows that are under way.
         self._order_of_epoch = functools.lru_cache(maxsize=2)(self._make_order)
@@ -74,22 +77,22 @@ class PackedDocuments:
     @property
     def rows_per_epoch(self) -> int:
         """After so many rows every document has been read once."""
-        return len(self._rows)
+        return len(self._begins) - 1
 
     @property
     def padding_share(self) -> float:
         """Share of the places that hold no token."""
-        return 1.0 - self._filled / (self._length * len(self._rows))
+        return 1.0 - self._filled / (self._length * self.rows_per_epoch)
 
     def row(self, index: int) -> TokenBatch:
         """Row `index` without a batch axis, in natural order."""
-        epoch, number = divmod(index, len(self._rows))
-        return self.packed(self._rows[int(self._order_of_epoch(epoch)[number])])
+        return self.packed(self.pieces(index))
 
     def pieces(self, index: int) -> Sequence[Piece]:
         """What row `index` holds, in order; the n-th has the segment id n."""
-        epoch, number = divmod(index, len(self._rows))
-        return tuple(self._rows[int(self._order_of_epoch(epoch)[number])])
+        epoch, number = divmod(index, self.rows_per_epoch)
+        row = int(self._order_of_epoch(epoch)[number])
+        return tuple(Piece(*each) for each in self._pieces[self._begins[row] : self._begins[row + 1]].tolist())
 
     def packed(self, pieces: Sequence[Piece]) -> TokenBatch:
         """These pieces as one row.
@@ -135,4 +138,4 @@ class PackedDocuments:
 
     def _make_order(self, epoch: int) -> Int[np.ndarray, " rows"]:
         """Which planned row is the n-th of an epoch."""
-        return np.random.default_rng([*self._seed, 1, epoch]).permutation(len(self._rows))
+        return np.random.default_rng([*self._seed, 1, epoch]).permutation(self.rows_per_epoch)
