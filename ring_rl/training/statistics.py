@@ -32,6 +32,8 @@ class Estimate:
         return format(self, ".0f")
 
     def __format__(self, spec: str) -> str:
+        # f"{estimate}" asks for the empty spec, not for `str`.
+        spec = spec or ".0f"
         if math.isnan(self.low):
             return format(self.mean, spec)
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"

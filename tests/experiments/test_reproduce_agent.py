@@ -58,7 +58,7 @@ def test_an_estimate_from_flops_is_no_less_than_they_take(preset, load_script):
     """Evaluation comes on top, so a price that training alone exceeds is wrong."""
     rate = re.search(r"estimated from FLOPs at (\d+) TFLOP/s( a GPU)?", preset.expectation)
     if rate is None:
-        assert preset.expectation == "measured for AT with 8 trajectories, guessed for the others"
+        assert preset.expectation == "measured"
         return
     devices = int(preset.hardware.split()[0]) if rate[2] else 1
     for variant in preset.variants.values():

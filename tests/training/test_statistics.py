@@ -10,7 +10,7 @@ def test_interval_by_hand():
     assert (got.mean, got.seeds) == (3.0, 5)
     assert got.high - 3.0 == pytest.approx(2.7764 * np.sqrt(0.5), rel=1e-4)
     assert 3.0 - got.low == pytest.approx(got.high - 3.0)
-    assert str(got) == "3 [1, 5]"
+    assert str(got) == f"{got}" == "3 [1, 5]"
 
 
 def test_one_seed_has_no_interval():

@@ -98,7 +98,7 @@ def _returns_table(comparison: Comparison, rule: Rule, published: PublishedTable
     rows = [["task", "random", *map(comparison.label, variants), "data, mean", "data, best"]]
     for task, each in comparison.tasks.items():
         cells = [
-            f"{getattr(each.carried[name].scores, rule)}{comparison.remark(each.carried[name])}"
+            f"{getattr(each.carried[name].scores, rule):.1f}{comparison.remark(each.carried[name])}"
             if name in each.carried
             else ""
             for name in variants
