@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from ring_rl.lm.generation.cache import batch_devices, cache_size, check_cache_fits
 from ring_rl.lm.generation.prompts import check_prompts, prompt_chunks
 from ring_rl.lm.generation.sampling import GREEDY, Sampling
-from ring_rl.lm.generation.steps import Drawn, cache_size, compiled_prepare, compiled_steps
+from ring_rl.lm.generation.steps import Drawn, compiled_prepare, compiled_steps
 from ring_rl.lm.model import LanguageModel
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.typing import Float32, Int32, PRNGKeyArray
@@ -39,9 +40,9 @@ class Generator:
     """A model made ready for writing once, for any number of prompts; `generate` says what it promises.
 
     Args:
-        model: Its weights are copied to every device that shares the cache.
-        parallel: A mesh whose sequence axis shares the cache's slots, for contexts that one device cannot hold; None:
-            one device.
+        model: Its weights are copied to every device.
+        parallel: A mesh whose sequence axis shares the cache's slots, for contexts that one device cannot hold, and
+            whose batch axes share the prompts; None: one device.
         chunk_size: Tokens of a prompt that are read at once. Larger is faster until the device is busy; the
             activations of a chunk are what reading needs beside the cache.
 
@@ -77,6 +78,8 @@ class Generator:
         if sampling.temperature > 0.0 and key is None:
             raise ValueError(f"sampling.temperature={sampling.temperature} draws at random and needs a key")
         report = on_progress or (lambda done, total: None)
+        # Copies of the last prompt fill up what devices that share the rows divide.
+        asked, prompts = len(prompts), prompts + prompts[-1:] * (-len(prompts) % batch_devices(self._parallel))
         chunks, longest = prompt_chunks(prompts, chunk_size=self._chunk_size), max(map(len, prompts))
         size, total = chunks[0].tokens.shape[1], longest + max_new_tokens
         key = jax.random.key(0) if key is None else key
@@ -84,9 +87,10 @@ class Generator:
         devices = 1 if self._parallel is None else self._parallel.sequence_devices
         slots, slot_block = cache_size(max(len(chunks) * size, total - 1), devices=devices)
         steps = compiled_steps(self._config, sampling, self._parallel, slot_block=slot_block)
-        cache, drawn = steps.begin(len(prompts), slots)
+        check_cache_fits(self._config, rows=len(prompts), slots=slots, parallel=self._parallel)
+        rows, (cache, drawn) = np.arange(len(prompts), dtype=np.uint32), steps.begin(len(prompts), slots)
         for index, chunk in enumerate(chunks, start=1):
-            drawn, cache = steps.read(self._parameters, cache, chunk, drawn, key)
+            drawn, cache = steps.read(self._parameters, cache, chunk, drawn, rows, key)
             jax.block_until_ready(drawn)
             report(min(index * size, longest), total)
         columns, waiting = [], [drawn]
@@ -94,12 +98,12 @@ class Generator:
             if len(waiting) == CHECK_EVERY:
                 columns, waiting = columns + jax.device_get(waiting), []
                 report(longest + number, total)
-                if _all_stopped(columns, stop_ids):
+                if np.isin([column.tokens[:asked] for column in columns], stop_ids).any(axis=0).all():
                     break
-            drawn, cache = steps.write(self._parameters, cache, drawn, key, np.uint32(number))
+            drawn, cache = steps.write(self._parameters, cache, drawn, rows, key, np.uint32(number))
             waiting.append(drawn)
         report(total, total)
-        return _generation(columns + jax.device_get(waiting), stop_ids)
+        return _generation(columns + jax.device_get(waiting), asked, stop_ids)
 
 
 def generate(
@@ -117,7 +121,7 @@ def generate(
     """What `model` writes after each of `prompts`, of any lengths, all of them at once.
 
     Greedily that is, token by token, the argmax of the model on everything before. A prompt's draws depend on `key`
-    and its place among the prompts: not on what the others are, nor on the ring, nor on `chunk_size`.
+    and its place among the prompts: not on what the others are, nor on the mesh, nor on `chunk_size`.
 
     Cost: a forward pass over the longest prompt for every row, then a step a new token; prompts of like length, and
     whole chunks, waste least. Memory: the cache, 2 · layers · K · D numbers a token and row, of which each device that
@@ -136,7 +140,7 @@ def generate(
 
     Raises:
         ValueError: Before anything is computed: an empty prompt, a token outside the vocabulary, more tokens than
-            `max_length`, no key to draw with.
+            `max_length` or than the devices' memory has room for, no key to draw with.
     """
     return Generator(model, parallel=parallel, chunk_size=chunk_size)(
         prompts,
@@ -148,17 +152,13 @@ def generate(
     )
 
 
-def _generation(columns: Sequence[Drawn], stop_ids: Sequence[int]) -> Generation:
-    """Every row up to its first stop token."""
-    tokens_BT = np.stack([column.tokens for column in columns], axis=1)
-    log_probabilities_BT = np.stack([column.log_probabilities for column in columns], axis=1)
+def _generation(columns: Sequence[Drawn], asked: int, stop_ids: Sequence[int]) -> Generation:
+    """Every row that was asked for, up to its first stop token."""
+    tokens_BT = np.stack([column.tokens[:asked] for column in columns], axis=1)
+    log_probabilities_BT = np.stack([column.log_probabilities[:asked] for column in columns], axis=1)
     rows = []
     for tokens, log_probabilities in zip(tokens_BT, log_probabilities_BT, strict=True):
         stops = np.flatnonzero(np.isin(tokens, stop_ids))
         length = stops[0] if len(stops) else len(tokens)
         rows.append((tokens[:length], log_probabilities[:length], len(stops) > 0))
     return Generation(*zip(*rows, strict=True))
-
-
-def _all_stopped(columns: Sequence[Drawn], stop_ids: Sequence[int]) -> bool:
-    return bool(np.isin([column.tokens for column in columns], stop_ids).any(axis=0).all())

@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 
 from ring_rl.lm.generate import CHECK_EVERY, GREEDY, Generator, Sampling, generate
-from ring_rl.lm.generation.steps import cache_size, compiled_steps
+from ring_rl.lm.generation import cache
+from ring_rl.lm.generation.steps import compiled_steps
 from ring_rl.lm.model import LanguageModel, LanguageModelConfig
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.transformer import RetrievalAids, TransformerConfig
@@ -56,10 +57,11 @@ def config():
     )
 
 
-def ring(size):
+def ring(size, **others):
     if size is None:
         return None
-    return SequenceParallel(mesh=make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=size)), layout="zigzag")
+    sizes = {"dp": 1, "fsdp": 1, "tp": 1, "sp": size} | others
+    return SequenceParallel(mesh=make_mesh(MeshConfig(**sizes)), layout="zigzag")
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,15 @@ def test_a_ring_that_shares_the_cache_writes_the_same(generator_on, alone, promp
         assert_same(got, expected)
 
 
+def test_devices_that_share_the_prompts_write_the_same(model, alone, prompts):
+    """Three prompts on 2 x 2 devices that share rows, of which a fourth prompt is nobody's; a ring of 2 for each."""
+    writer = Generator(model, parallel=ring(2, dp=2, fsdp=2), chunk_size=CHUNK)
+    got = writer(prompts[:3], max_new_tokens=NEW, sampling=WARM, key=jax.random.key(7))
+    assert len(got.tokens) == len(got.stopped) == 3
+    for tokens, other in zip(got.tokens, alone[WARM].tokens, strict=False):
+        np.testing.assert_array_equal(tokens, other)
+
+
 def test_chunks_change_nothing(generator_on, alone, prompts):
     for sampling, expected in alone.items():
         got = generator_on(None, 64)(prompts, max_new_tokens=NEW, sampling=sampling, key=jax.random.key(7))
@@ -218,7 +229,7 @@ def test_the_function_is_the_generator(model, alone, prompts):
     assert_same(got, alone[WARM])
 
 
-def test_what_cannot_be_done_is_refused_before_anything_is_computed(model, generator_on, prompts):
+def test_what_cannot_be_done_is_refused_before_anything_is_computed(model, generator_on, prompts, monkeypatch):
     with pytest.raises(ValueError, match="chunk_size must be at least 1 token, got 0"):
         Generator(model, parallel=None, chunk_size=0)
     writer = generator_on(None)
@@ -228,14 +239,10 @@ def test_what_cannot_be_done_is_refused_before_anything_is_computed(model, gener
         writer(prompts, max_new_tokens=NEW, sampling=GREEDY, max_length=33)
     with pytest.raises(ValueError, match="prompt 0 holds token 40"):
         writer([np.array([V])], max_new_tokens=NEW, sampling=GREEDY)
-
-
-@pytest.mark.parametrize("devices", [1, 3, 8])
-def test_caches_come_in_few_sizes_with_little_in_vain(devices):
-    sizes = {tokens: cache_size(tokens, devices=devices) for tokens in range(1, 1 << 15, 37)}
-    for tokens, (slots, slot_block) in sizes.items():
-        assert slots % (devices * slot_block) == 0
-        assert tokens <= slots <= max(1.25 * tokens, 128) + devices * slot_block
-        # No device without a slot that is filled, once there is a token for each.
-        assert tokens < 128 or tokens > (devices - 1) * slot_block
-    assert len(set(sizes.values())) <= 32
+    # 2 · layers · rows · slots · key-value heads · head dimension numbers of 4 bytes.
+    needed = 2 * 2 * len(prompts) * 128 * 2 * 4 * 4
+    monkeypatch.setattr(cache, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(ValueError, match=r"a cache of 4 rows of 128 tokens takes .* read fewer prompts at once"):
+        writer(prompts, max_new_tokens=NEW, sampling=GREEDY)
+    monkeypatch.setattr(cache, "free_bytes", lambda device: needed)
+    writer(prompts, max_new_tokens=NEW, sampling=GREEDY)

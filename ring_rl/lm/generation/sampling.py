@@ -36,10 +36,10 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0, top_k=None, top_p=None)
 
 
-def row_keys(key: PRNGKeyArray, rows: int, number: Int[Array, ""] | int) -> Shaped[PRNGKeyArray, " rows"]:
+def row_keys(key: PRNGKeyArray, rows: Int[Array, " B"], number: Int[Array, ""] | int) -> Shaped[PRNGKeyArray, " B"]:
     """A key for the new token `number` of each row, which depends on nothing else than `key` and these two."""
     fold = lambda row: jax.random.fold_in(jax.random.fold_in(key, row), number)  # noqa: E731
-    return jax.vmap(fold)(jnp.arange(rows))
+    return jax.vmap(fold)(rows)
 
 
 def draw(

@@ -18,7 +18,7 @@ def drawn():
     jitted = jax.jit(draw, static_argnums=1)
 
     def draws(sampling, logits=LOGITS, seed=0):
-        keys = row_keys(jax.random.key(seed), DRAWS, 0)
+        keys = row_keys(jax.random.key(seed), jnp.arange(DRAWS), 0)
         tokens, log_probabilities = jitted(jnp.broadcast_to(jnp.asarray(logits), (DRAWS, V)), sampling, keys)
         return np.asarray(tokens), np.asarray(log_probabilities)
 
@@ -90,7 +90,7 @@ def test_log_probabilities_are_the_models_whatever_the_sampling(drawn):
 
 
 def test_keys_depend_on_row_and_number_alone():
-    data = lambda *arguments: np.asarray(jax.random.key_data(row_keys(*arguments)))  # noqa: E731
+    data = lambda key, rows, number: np.asarray(jax.random.key_data(row_keys(key, jnp.arange(rows), number)))  # noqa: E731
     key = jax.random.key(3)
     np.testing.assert_array_equal(data(key, 2, 5), data(key, 4, 5)[:2])
     several = np.concatenate([data(key, 4, 0), data(key, 4, 1), data(jax.random.key(4), 4, 0)])
