@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from ring_rl.nn.logical_axes import logical_axes, named
-from ring_rl.nn.transformer import Transformer
+from ring_rl.nn.transformer import RetrievalAids, Transformer
 
 
 def names_of(state):
@@ -35,6 +35,29 @@ def test_every_parameter_of_a_transformer_names_its_dimensions(transformers):
     for _, parameter in nnx.to_flat_state(state):
         for length, name in zip(parameter.shape, logical_axes(parameter), strict=True):
             assert length == sizes.get(name, length)
+
+
+def test_the_parts_of_other_transformers_name_theirs(transformers):
+    aids = RetrievalAids(
+        convolution_width=3,
+        key_shift=True,
+        key_shift_initial=0.5,
+        length_scaled_queries=True,
+        length_scale_initial=0.3,
+        keys_start_as_queries=True,
+    )
+    attention_alone = {name: axes for name, axes in EXPECTED.items() if "feed_forward" not in name}
+    _, state = nnx.split(transformers.make(feed_forward="none", feed_forward_width=0, retrieval=aids))
+    assert names_of(state) == attention_alone | {
+        "blocks.convolution_norm.scale": (None, "width"),
+        "blocks.convolution.kernel": (None, None, "width"),
+        "blocks.attention.key_shift_scale": (None, "heads"),
+        "blocks.attention.query_scale": (None, "heads"),
+    }
+    _, state = nnx.split(transformers.make(feed_forward="swiglu"))
+    assert names_of(state) == {name: axes for name, axes in EXPECTED.items() if "bias" not in name} | {
+        "blocks.feed_forward_gate.kernel": (None, "width", "hidden")
+    }
 
 
 def test_names_survive_what_training_does_to_parameters(transformers):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ring_rl.nn.rotary_scaling import Llama3Scaling, LinearScaling, YarnScaling, rotary_frequencies
+from ring_rl.nn.rotary_scaling import LinearScaling, Llama3Scaling, YarnScaling, rotary_frequencies
 
 LINEAR = LinearScaling(name="linear", factor=4.0)
 LLAMA3 = Llama3Scaling(
@@ -46,7 +46,9 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize(("scaling", "base", "frequencies", "magnitude"), PUBLISHED, ids=lambda x: getattr(x, "name", ""))
+@pytest.mark.parametrize(
+    ("scaling", "base", "frequencies", "magnitude"), PUBLISHED, ids=lambda x: getattr(x, "name", "")
+)
 def test_frequencies_are_those_of_published_models(scaling, base, frequencies, magnitude):
     got = rotary_frequencies(rotary_dim=16, base=base, scaling=scaling)
     np.testing.assert_allclose(got.per_position, frequencies, rtol=1e-6)

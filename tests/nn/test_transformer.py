@@ -108,6 +108,17 @@ def test_feed_forward_chunks_change_nothing(transformers, one_device, sizes):
     transformers.assert_close(got, one_device())
 
 
+def test_layers_without_positions_are_told_apart_by_a_flag_of_the_scan(transformers, one_device):
+    """Each of the two alone, and both, which is as if nothing ever turned."""
+    first, last = one_device(no_position_layers=(0,)), one_device(no_position_layers=(1,))
+    none = one_device(rotary_fraction=0.0)
+    np.testing.assert_allclose(one_device(no_position_layers=(0, 1))[0], none[0], atol=1e-6)
+    outs = one_device()[0], first[0], last[0], none[0]
+    for index, out in enumerate(outs):
+        for other in outs[:index]:
+            assert np.abs(out - other).max() > 1e-3
+
+
 def test_bad_sizes_name_the_rule(transformers):
     config = transformers.config
     with pytest.raises(ValueError, match=r"query_heads=4 must be a multiple of key_value_heads=3"):
