@@ -57,6 +57,29 @@ def test_texts_are_printed_or_written_down_whatever_the_batches_and_the_ring(
     assert lines(together) == written
 
 
+def test_ctrl_c_leaves_the_texts_that_are_done(
+    call_script, load_script, options, prompts_file, tmp_path, monkeypatch, capsys
+):
+    generator, calls = load_script("generate").Generator, []
+    write = generator.__call__
+
+    def interrupted(self, prompts, **rest):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(self, prompts, **rest)
+
+    monkeypatch.setattr(generator, "__call__", interrupted)
+    output = tmp_path / "texts.jsonl"
+    with pytest.raises(SystemExit) as stopped:
+        call_script("generate", *options, f"prompts={prompts_file}", f"output={output}", "rows=2")
+    assert stopped.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert [line["prompt"] for line in lines(output)] == PROMPTS[:2]
+    # The last batch would have been as large as the first.
+    assert calls == [2, 2]
+
+
 def test_a_context_beyond_the_trained_one_is_warned_of(call_script, options):
     with pytest.warns(
         UserWarning, match=r"70 tokens is beyond the 64 positions .*rotary_base=500, rotary_scaling=None"

@@ -155,3 +155,13 @@ def test_an_empty_corpus(script, call_script, refused, options, llama, tmp_path)
     nothing = {"train_lm": "none of 1 documents has 2 tokens", "evaluate_lm": "no document has 32 tokens"}
     assert nothing[script] in refused(call_script, script, *given)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_context_beyond_the_trained_one_is_evaluated_with_a_warning(call_script, options, llama, tmp_path):
+    (tmp_path / "corpus" / "one.txt").write_text(" ".join(WORDS * 2))
+    longer = ["suite.lengths=[128]", "suite.document_tokens=128", "suite.rules=[truncated]"]
+    with pytest.warns(
+        UserWarning, match=r"128 tokens is beyond the 64 positions .*rotary_base=500, rotary_scaling=None"
+    ):
+        call_script("evaluate_lm", *options("evaluate_lm", llama), *longer)
+    assert (tmp_path / "out" / "samples.jsonl").read_text().count("\n") == 1
