@@ -65,9 +65,9 @@ def test_text_and_row_are_the_same(lines, count, seed):
     assert sample.length == count
 
 
-@pytest.mark.parametrize(("depth", "line"), [(0.0, 0), (0.5, 4), (1.0, 8)])
+@pytest.mark.parametrize(("depth", "line"), [(0.0, 0), (0.5, 10), (1.0, 20)])
 def test_depth_chooses_the_line(lines, depth, line):
-    record = lines.draw(np.random.default_rng(0), lines=9, queries=1, depth=depth)
+    record = lines.draw(np.random.default_rng(0), lines=21, queries=1, depth=depth)
     assert record.asked.tolist() == [line]
     assert lines.sample(record).depth == depth
 
@@ -80,6 +80,8 @@ def test_every_line_key_and_digit_is_drawn():
     assert (asked > 5).all()
     assert (asked < 61).all()
     # Twelve lines of twelve keys: the order is all that differs.
+    for record in records:
+        assert len(set(zip(record.adjectives.tolist(), record.nouns.tolist(), strict=True))) == 12
     first = {(record.adjectives[0], record.nouns[0]) for record in records}
     assert len(first) == 12
     digits = np.bincount(np.concatenate([record.digits.ravel() for record in records]), minlength=10)

@@ -14,6 +14,14 @@ BYTES = ByteTokenizer()
 SENTENCES = "".join(f"Sentence number {number} says café. " for number in range(40))
 
 
+class JoinedCostsMore(ByteTokenizer):
+    """Takes seven tokens more for a whole prompt than for its parts, as tokenizers of words may."""
+
+    def encode(self, text):
+        ids = super().encode(text)
+        return np.concatenate([ids, ids[:7]]) if "<book>" in text and "</book>" in text and len(text) > 600 else ids
+
+
 @pytest.fixture(scope="module")
 def haystack() -> Haystack:
     return Haystack(SENTENCES, BYTES)
@@ -100,6 +108,20 @@ class TestOneNeedle:
         # Cutting inside "é" leaves a token, cutting what two passes counted twice a few more.
         assert length - 10 - 4 <= tokens <= length - 10
         assert score(sample, sample.completion) == 1.0
+
+    def test_texts_that_take_more_tokens_than_their_parts_are_shortened(self):
+        sample = draw_needle(
+            np.random.default_rng(0),
+            haystack=Haystack(SENTENCES, JoinedCostsMore()),
+            length=2000,
+            room=10,
+            style="easycontext",
+            depth=0.5,
+            distractors=0,
+        )
+        tokens = len(JoinedCostsMore().encode(sample.prompt + sample.answer_prefix))
+        assert 1990 - 4 <= tokens <= 1990
+        assert tokens == len(BYTES.encode(sample.prompt + sample.answer_prefix)) + 7
 
     @pytest.mark.parametrize("style", ["easycontext", "lwm"])
     @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
