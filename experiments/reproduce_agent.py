@@ -23,7 +23,7 @@ from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 
 REPOSITORY = Path(__file__).parents[1]
-Stage = Literal["collect", "train", "evaluate", "report"]
+Phase = Literal["collect", "train", "evaluate", "report"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ReproduceAgentConfig:
     runs: Path
     output: Path
     data_root: Path
-    stages: tuple[Stage, ...]
+    phases: tuple[Phase, ...]
     dry_run: bool
     partial: bool
 
@@ -113,7 +113,7 @@ def evaluate(config: ReproduceAgentConfig) -> None:
             run_of = cell.run()
             reason = "not trained" if run_of is None else run_of.problem
             raise ValueError(
-                f"{cell.run_dir} is {reason}; train it first: stages=[train], or set partial=true to pass it over"
+                f"{cell.run_dir} is {reason}; train it first: phases=[train], or set partial=true to pass it over"
             )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
@@ -200,7 +200,7 @@ def report(config: ReproduceAgentConfig) -> None:
         )
     for task in {cell.task: None for cell in finished}:
         if reason := stale_reason(config.chance(task), config.preset.protocol, step=0):
-            raise ValueError(f"{config.chance(task)}: {reason}; evaluate chance first: stages=[evaluate]")
+            raise ValueError(f"{config.chance(task)}: {reason}; evaluate chance first: phases=[evaluate]")
     figures = write_report(
         config.preset,
         finished,
@@ -212,20 +212,20 @@ def report(config: ReproduceAgentConfig) -> None:
 
 
 def reproduce(config: ReproduceAgentConfig) -> None:
-    """Announces, then goes through the stages in their order."""
+    """Announces, then goes through the phases in their order."""
     check_settings(config)
     announce(config)
     if config.dry_run:
         return
-    stages: dict[Stage, Callable[[ReproduceAgentConfig], None]] = {
+    phases: dict[Phase, Callable[[ReproduceAgentConfig], None]] = {
         "collect": collect,
         "train": train,
         "evaluate": evaluate,
         "report": report,
     }
-    for name, stage in stages.items():
-        if name in config.stages:
-            stage(config)
+    for name, phase in phases.items():
+        if name in config.phases:
+            phase(config)
 
 
 @hydra.main(config_path="../conf", config_name="reproduce_agent", version_base="1.3")

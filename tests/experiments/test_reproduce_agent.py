@@ -169,7 +169,7 @@ def test_cells_that_were_evaluated_otherwise_are_left_to_do(finished, load_scrip
 
 def test_chance_under_another_protocol_is_not_reported(finished, load_script):
     finished.chance("cartpole_swingup").write_text(json.dumps({"protocol": {}, "step": 0}))
-    with pytest.raises(ValueError, match=r"evaluate chance first: stages=\[evaluate\]"):
+    with pytest.raises(ValueError, match=r"evaluate chance first: phases=\[evaluate\]"):
         load_script("reproduce_agent").report(finished)
 
 
@@ -226,7 +226,7 @@ def test_a_comparison_from_nothing_to_its_tables(load_script, tmp_path, capfd):
     }
     mapping["preset"]["protocol"] |= {"episodes": 2, "rows": 2}
     config = from_mapping(script.ReproduceAgentConfig, mapping)
-    with pytest.raises(ValueError, match=r"train it first: stages=\[train\]"):
+    with pytest.raises(ValueError, match=r"train it first: phases=\[train\]"):
         script.evaluate(config)
     script.reproduce(config)
     figures = dict(pair.split("=") for pair in capfd.readouterr().out.strip().splitlines()[-1].split())
