@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -52,6 +53,24 @@ def test_the_committed_comparison_is_of_the_present_question_and_agrees(result, 
     assert RESULT in card
     for name in ("commit", "device", "versions"):
         assert result[name]
+
+
+def test_the_cards_commands_are_understood(card, pytestconfig):
+    """Each script takes the model by that name, and reads it as the same source."""
+    commands = re.findall(r"python experiments/(\w+)\.py (.*?) *(?:#.*)?$", card, re.MULTILINE)
+    assert {script for script, _ in commands} >= {
+        "generate",
+        "evaluate_lm",
+        "train_lm",
+        "export_lm",
+        "check_pretrained",
+    }
+    for script, arguments in commands:
+        assert (pytestconfig.rootpath / "experiments" / f"{script}.py").exists()
+        with initialize_config_dir(str(pytestconfig.rootpath / "conf"), version_base="1.3"):
+            composed = compose(script, overrides=shlex.split(arguments))
+        source = from_mapping(GGUFSource, resolve(composed.model))
+        assert source.path is None
 
 
 @pytest.mark.parametrize(

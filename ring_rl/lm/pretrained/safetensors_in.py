@@ -22,6 +22,7 @@ class SafetensorsFolder(TensorSource):
 
     Raises:
         FileNotFoundError: There are no such files, or shards are missing.
+        ImportError: `safetensors` is not installed.
         ValueError: A file is cut off or no safetensors file, a tensor is not where the index says, or its numbers are
             quantised.
     """
@@ -86,15 +87,23 @@ def _nothing_to_read(folder: Path) -> str:
     return f"{message}; name the folder that the weights were downloaded to"
 
 
-def _opened(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
+def import_safetensors() -> Any:
+    """The library, or an ImportError that says how to get it."""
+    try:
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(f"these weights need the safetensors library: pip install 'ring_rl[lm]' ({error})") from None
+    return safetensors
 
+
+def _opened(file: Path) -> Any:
+    library = import_safetensors()
     with file.open("rb") as stream:
         if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise ValueError(f"{file} is a Git LFS pointer, not the weights; run git lfs pull there")
     try:
-        return safe_open(file, framework="np")
-    except SafetensorError as error:
+        return library.safe_open(file, framework="np")
+    except library.SafetensorError as error:
         raise ValueError(f"{file} is cut off or no safetensors file ({error}); download it again") from None
 
 

@@ -17,7 +17,7 @@ from flax import nnx
 from ring_rl.lm.model import LanguageModel
 from ring_rl.lm.pretrained.huggingface_config import config_json
 from ring_rl.lm.pretrained.parameter_names import PLACEMENTS, ParameterPath
-from ring_rl.lm.pretrained.safetensors_in import INDEX_FILE, SINGLE_FILE
+from ring_rl.lm.pretrained.safetensors_in import INDEX_FILE, SINGLE_FILE, import_safetensors
 from ring_rl.lm.tokenizer.protocol import Tokenizer
 from ring_rl.typing import Array
 
@@ -45,6 +45,7 @@ def save_pretrained(
     Raises:
         FileExistsError: The folder exists and holds something.
         FileNotFoundError: Its parent does not exist.
+        ImportError: `safetensors` is not installed.
         ValueError: A LLaMA of transformers could not be that model, the tokenizer is none that transformers has, or
             other processes hold a part of the weights.
     """
@@ -92,8 +93,7 @@ def _parameters(model: LanguageModel) -> dict[ParameterPath, Array]:
 def _write_weights(
     folder: Path, parameters: Mapping[ParameterPath, Array], *, dtype: StoredType, shard_bytes: int
 ) -> None:
-    from safetensors.numpy import save_file
-
+    save_file = import_safetensors().numpy.save_file
     shards = list(_shards(parameters, itemsize=np.dtype(_TYPES[dtype]).itemsize, shard_bytes=shard_bytes))
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
