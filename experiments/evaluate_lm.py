@@ -89,11 +89,14 @@ def provenance() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def progress_bar(total: int, done: int) -> Iterator[Callable[[str, int], None]]:
-    """A bar with the time left; gives what hears of answered samples."""
+    """A bar with the time left; gives what hears of answered samples. Ctrl-C loses the batch under way and no more."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         bar = progress.add_task("compiling", total=total, completed=done)
-        yield lambda what, count: progress.update(bar, advance=count, description=what)
+        try:
+            yield lambda what, count: progress.update(bar, advance=count, description=what)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("what is answered is written; the same command again asks the rest") from None
 
 
 def opened_log(config: EvaluateLMConfig, loaded: LoadedModel, record_type: type[T]) -> SampleLog[T]:

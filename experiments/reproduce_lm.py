@@ -1,6 +1,7 @@
 """The paper's figure of line retrieval from one command; conf/reproduce_lm/reproduce_lm.yaml documents every key."""
 
 import dataclasses
+import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class ReproduceLMConfig:
 
 def run(*command: str) -> None:
     """Runs a command of this repository, shown to the user; what fails stops everything, and can be gone on with."""
-    print(f"\n$ python {' '.join(command)}", flush=True)
+    print(f"\n$ python {shlex.join(command)}", flush=True)
     exit_code = run_to_its_end([sys.executable, str(REPOSITORY / command[0]), *command[1:]])
     if exit_code:
         raise ChildProcessError(
@@ -180,6 +181,8 @@ def reproduce(config: ReproduceLMConfig) -> None:
     check_settings(config)
     announce(config)
     if config.dry_run:
+        if missing := [cell for cell in config.cells if not cell.trained]:
+            print(f"first: python {shlex.join(training_command(config.preset, missing[0]))}")
         return
     stages: dict[Stage, Callable[[ReproduceLMConfig], None]] = {"train": train, "evaluate": evaluate, "report": report}
     for name, stage in stages.items():
