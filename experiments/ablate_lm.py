@@ -28,7 +28,7 @@ CHANGES = REPOSITORY / "conf" / "lm_ablation"
 class AblateLmConfig:
     """Which changes of which recipe, and how they are judged."""
 
-    experiment: str
+    recipe: str
     ablations: tuple[str, ...]
     seeds: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -75,7 +75,7 @@ def train_and_evaluate(config: AblateLmConfig, ablation: str, seed: int, run_dir
     """What is missing of one cell."""
     run(
         "experiments/train_lm.py",
-        f"+experiment={config.experiment}",
+        f"+experiment={config.recipe}",
         f"+lm_ablation={ablation}",
         f"seed={seed}",
         f"run_dir={run_dir}",

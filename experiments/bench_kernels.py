@@ -85,7 +85,7 @@ class BenchmarkConfig:
     seed: int
     tokens: dict[str, int]
     window: int
-    documents: int
+    packed_documents: int
     document_lengths: Literal["random", "equal"]
     tolerance: dict[str, float]
     output: Path
@@ -96,9 +96,9 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
-        if not 1 <= self.documents <= min(self.tokens.values()):
+        if not 1 <= self.packed_documents <= min(self.tokens.values()):
             raise ValueError(
-                f"documents must be between 1 and the {min(self.tokens.values())} tokens, got {self.documents}"
+                f"packed_documents must be between 1 and the {min(self.tokens.values())} tokens, got {self.packed_documents}"
             )
         if self.cases is not None and not self.cases:
             raise ValueError("cases must name at least one case; null is all of the platform's")
@@ -131,10 +131,10 @@ def resolve_case(config: BenchmarkConfig, name: str, platform: Platform) -> dict
 def document_lengths(config: BenchmarkConfig, tokens: int) -> list[int]:
     """Lengths of the packed documents, each at least 1, `tokens` together."""
     if config.document_lengths == "equal":
-        cuts = np.arange(1, config.documents) * tokens // config.documents
+        cuts = np.arange(1, config.packed_documents) * tokens // config.packed_documents
     else:
         generator = np.random.default_rng(config.seed)
-        cuts = np.sort(generator.choice(np.arange(1, tokens), size=config.documents - 1, replace=False))
+        cuts = np.sort(generator.choice(np.arange(1, tokens), size=config.packed_documents - 1, replace=False))
     return np.diff(cuts, prepend=0, append=tokens).tolist()
 
 

@@ -25,7 +25,7 @@ class ExportConfig:
     output: Path
     dtype: StoredType
     shard_bytes: int
-    tokenizer: bool
+    with_tokenizer: bool
 
 
 def export(config: ExportConfig) -> None:
@@ -33,7 +33,7 @@ def export(config: ExportConfig) -> None:
     check_export(config.output)
     mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=1))
     loaded = load_model(config.model, SequenceParallel(mesh=mesh, layout="contiguous"))
-    tokenizer = loaded.tokenizer if config.tokenizer else None
+    tokenizer = loaded.tokenizer if config.with_tokenizer else None
     save_pretrained(
         loaded.model, config.output, tokenizer=tokenizer, dtype=config.dtype, shard_bytes=config.shard_bytes
     )

@@ -35,13 +35,13 @@ class RandomReturnsConfig:
     rows: int
     threads: int
     seed: int
-    published: dict[str, float]
+    published_returns: dict[str, float]
     published_episodes: int
     output: Path
     overwrite: bool
 
     def __post_init__(self) -> None:
-        for task in (*self.tasks, *self.published):
+        for task in (*self.tasks, *self.published_returns):
             parse_task(task)
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks must name at least one task, and none twice; got {list(self.tasks)}")
@@ -86,10 +86,10 @@ def standard_errors_apart(config: RandomReturnsConfig, task: str, returns: Float
 
     s is the deviation of our episodes: how far the published ones spread is not known.
     """
-    if task not in config.published:
+    if task not in config.published_returns:
         return math.nan
     error = returns.std(ddof=1) * math.sqrt(1 / len(returns) + 1 / config.published_episodes)
-    return (returns.mean() - config.published[task]) / error
+    return (returns.mean() - config.published_returns[task]) / error
 
 
 def table_rows(config: RandomReturnsConfig, returns: Mapping[str, Float64[np.ndarray, " episodes"]]) -> list[list[str]]:
@@ -97,9 +97,9 @@ def table_rows(config: RandomReturnsConfig, returns: Mapping[str, Float64[np.nda
     rows = [["task", "mean", "deviation of episodes", "highest", "published", "standard errors apart"]]
     for task, of_task in returns.items():
         published = [""] * 2
-        if task in config.published:
+        if task in config.published_returns:
             apart = standard_errors_apart(config, task, of_task)
-            published = [f"{config.published[task]:.1f}", f"{apart:+.1f}"]
+            published = [f"{config.published_returns[task]:.1f}", f"{apart:+.1f}"]
         numbers = [format(estimate(of_task), ".1f"), f"{of_task.std(ddof=1):.1f}", f"{of_task.max():.1f}"]
         rows.append([task, *numbers, *published])
     return rows
@@ -151,7 +151,9 @@ def measure(config: RandomReturnsConfig) -> None:
     if interrupted:
         raise KeyboardInterrupt(f"{config.output} holds the {len(returns)} tasks that were complete")
     print(f"results {config.output}")
-    apart = [abs(standard_errors_apart(config, task, returns[task])) for task in returns if task in config.published]
+    apart = [
+        abs(standard_errors_apart(config, task, returns[task])) for task in returns if task in config.published_returns
+    ]
     means = " ".join(f"{task}={of_task.mean():.1f}" for task, of_task in returns.items())
     print(f"{means} most_standard_errors_apart={max(apart, default=math.nan):.2f}")
 

@@ -96,8 +96,8 @@ class Attention(nnx.Module):
         k = self._heads(self.key(x))
         if self.key_shift_scale is not None:
             assert cache.last_keys is not None
-            back, last_keys = tokens_back_decoding(k, cache.last_keys, counts)
-            k, cache = self._shifted(back), cache.replace(last_keys=last_keys)
+            keys, last_keys = tokens_back_decoding(k, cache.last_keys, counts)
+            k, cache = self._shifted(keys), cache.replace(last_keys=last_keys)
         q, k = self._placed(self._heads(self.query(x)), k, context, turns)
         # One number where all rows agree.
         length = context.positions[:, 0] if len(context.positions) > 1 else context.positions[0, 0]
@@ -116,10 +116,10 @@ class Attention(nnx.Module):
         )
         return self._merge_heads(out), cache
 
-    def _shifted(self, back: TokensBack) -> Float[Array, "B T K D"]:
+    def _shifted(self, keys: TokensBack) -> Float[Array, "B T K D"]:
         """Keys mixed with those of the token before, before they turn."""
         assert self.key_shift_scale is not None
-        own, previous, share_K1 = back(0), back(1), self.key_shift_scale[...][:, None]
+        own, previous, share_K1 = keys.back(0), keys.back(1), self.key_shift_scale[...][:, None]
         return ((1 - share_K1) * own + share_K1 * previous).astype(own.dtype)
 
     def _placed(self, q: Array, k: Array, context: TokenContext, turns: bool | Array) -> tuple[Array, Array]:

@@ -89,8 +89,8 @@ class Block(nnx.Module):
         if self.convolution is not None and self.convolution_norm is not None:
             assert cache.last_inputs is not None
             y = normalised(self.convolution_norm, x)
-            back, last_inputs = tokens_back_decoding(y, cache.last_inputs, counts)
-            x, cache = x + self.convolution(back), cache.replace(last_inputs=last_inputs)
+            inputs, last_inputs = tokens_back_decoding(y, cache.last_inputs, counts)
+            x, cache = x + self.convolution(inputs), cache.replace(last_inputs=last_inputs)
         y = normalised(self.attention_norm, x)
         attended, cache = self.attention.decode(y, context, cache, turns=turns, counts=counts)
         x = x + attended

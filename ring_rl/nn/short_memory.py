@@ -5,40 +5,52 @@ they are kept from the tokens before. Neither ever reads across the border of a 
 """
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax, vmap
 
+from ring_rl.kernels.convolution import causal_convolution
 from ring_rl.kernels.halo import chunks_with_previous, lagged
 from ring_rl.nn.logical_axes import named
 from ring_rl.nn.parallel import LocalParallel
 from ring_rl.nn.token_context import TokenContext
-from ring_rl.typing import Array, Float, Int, Shaped
+from ring_rl.typing import Array, Bool, Float, Int, Shaped
 
-# The token `lag` before each, zeros where there is none of the same document.
-TokensBack = Callable[[int], Shaped[Array, "B T ..."]]
+
+class TokensBack(NamedTuple):
+    """Tokens that can be asked for those a little before them.
+
+    Attributes:
+        chunks: Runs of tokens, each with the `count` before it.
+        count: How far back.
+        together: Whether the token 1, 2, ... back is of the same document; None is yes for all.
+    """
+
+    chunks: Shaped[Array, "B n c ..."]
+    count: int
+    together: Bool[Array, "B T j"] | None
+
+    def back(self, lag: int) -> Shaped[Array, "B T ..."]:
+        """The token `lag` before each, zeros where there is none of the same document."""
+        x = lagged(self.chunks, lag, count=self.count)
+        if lag == 0 or self.together is None:
+            return x
+        together_BT = self.together[:, :, lag - 1]
+        return jnp.where(together_BT.reshape(*together_BT.shape, *(1,) * (x.ndim - 2)), x, 0)
 
 
 def tokens_back(x: Shaped[Array, "B T ..."], count: int, context: TokenContext, parallel: LocalParallel) -> TokensBack:
-    """The up to `count` tokens before each of a device's, as a function of how far back; inside `jax.shard_map`."""
+    """A device's tokens and the `count` before them; inside `jax.shard_map`."""
     chunks = chunks_with_previous(x, count, layout=parallel.layout, axis_name=parallel.sequence_axes, fill=0)
-
-    def back(lag: int) -> Array:
-        y = lagged(chunks, lag, count=count)
-        if lag == 0 or context.together is None:
-            return y
-        together_BT = context.together[:, :, lag - 1]
-        return jnp.where(together_BT.reshape(*together_BT.shape, *(1,) * (y.ndim - 2)), y, 0)
-
-    return back
+    return TokensBack(chunks, count, context.together)
 
 
 def tokens_back_decoding(
     x: Shaped[Array, "B T ..."], before: Shaped[Array, "B n ..."], counts: Int[Array, " B"] | None
 ) -> tuple[TokensBack, Shaped[Array, "B n ..."]]:
-    """The tokens before each new one, and the last n of all for the tokens that will follow.
+    """New tokens and the n before them, and the last n of all for the tokens that will follow.
 
     Args:
         x: New tokens.
@@ -50,7 +62,7 @@ def tokens_back_decoding(
         last = joined[:, joined.shape[1] - n :]
     else:
         last = vmap(lambda row, count: lax.dynamic_slice_in_dim(row, count, n))(joined, counts)
-    return (lambda lag: lagged(joined[:, None], lag, count=n)), last.astype(before.dtype)
+    return TokensBack(joined[:, None], n, None), last.astype(before.dtype)
 
 
 class CausalConvolution(nnx.Module):
@@ -61,8 +73,10 @@ class CausalConvolution(nnx.Module):
         initial = nnx.initializers.normal(1 / math.sqrt(span))
         self.kernel = nnx.Param(initial(rngs.params(), (span, width)), **named(None, "width"))
 
-    def __call__(self, back: TokensBack) -> Float[Array, "B T M"]:
-        """The convolution of the tokens that `back` gives, in their dtype; sums are float32."""
-        kernel_sM = self.kernel[...].astype(jnp.float32)
-        terms = [kernel_sM[lag] * back(lag).astype(jnp.float32) for lag in range(self.span)]
-        return sum(terms[1:], terms[0]).astype(back(0).dtype)
+    def __call__(self, tokens: TokensBack) -> Float[Array, "B T M"]:
+        """The convolution of tokens that know the `span` - 1 before them, in their dtype; sums are float32."""
+        (B, n, c, M), t = tokens.chunks.shape, tokens.chunks.shape[2] - tokens.count
+        together = tokens.together
+        if together is not None:
+            together = together.reshape(B, n, t, -1)
+        return causal_convolution(tokens.chunks, self.kernel[...], together).reshape(B, n * t, M)

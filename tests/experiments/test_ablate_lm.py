@@ -41,7 +41,9 @@ def overrides(folder, *more):
 
 
 def test_every_change_is_trained_evaluated_and_tabulated(call_script, leave_results, tmp_path, capsys):
-    call_script("ablate_lm", *overrides(tmp_path, "ablations=[none,rotary]", "seeds=[0,1]", "train=['loop.log_every=5']"))
+    call_script(
+        "ablate_lm", *overrides(tmp_path, "ablations=[none,rotary]", "seeds=[0,1]", "train=['loop.log_every=5']")
+    )
     scripts = [command[0] for command in leave_results]
     assert scripts == ["experiments/train_lm.py", "experiments/evaluate_lm.py"] * 4
     assert {"+lm_ablation=rotary", "seed=1", "loop.log_every=5"} <= set(leave_results[6])

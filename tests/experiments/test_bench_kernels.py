@@ -22,7 +22,7 @@ TINY = [
     "tokens.long=128",
     "tokens.longest=128",
     "window=16",
-    "documents=4",
+    "packed_documents=4",
     "at_least_seconds=0",
     "platforms.cpu.gemm_size=64",
     "platforms.cpu.heads=2",
@@ -243,7 +243,7 @@ def test_no_round_begins_after_the_time_limit(fake):
         ("cases=[ring9]", "unknown case 'ring9'; the cases there are ring8_zigzag, "),
         ("cases=[]", "cases must name at least one case"),
         ("rounds=0", "rounds must be at least 1, got 0"),
-        ("documents=65", "documents must be between 1 and the 64 tokens, got 65"),
+        ("packed_documents=65", "packed_documents must be between 1 and the 64 tokens, got 65"),
     ],
 )
 def test_bad_configurations_are_refused_before_work(fake, refused, override, complaint):
@@ -275,7 +275,7 @@ def test_documents_fill_the_sequence(tokens, data, lengths):
     count = data.draw(st.integers(1, tokens))
 
     class Config:
-        documents, document_lengths, seed = count, lengths, 0
+        packed_documents, document_lengths, seed = count, lengths, 0
 
     found = module.document_lengths(Config, tokens)
     assert len(found) == count

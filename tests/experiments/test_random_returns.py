@@ -103,7 +103,7 @@ def test_the_committed_results_follow_from_their_episodes_and_agree_with_what_is
     assert list(returns) == list(config.tasks)
     assert {len(of_task) for of_task in returns.values()} == {config.episodes}
     assert (RESULTS / "table.md").read_text() == script.markdown_table(script.table_rows(config, returns))
-    for task in config.published:
+    for task in config.published_returns:
         assert abs(script.standard_errors_apart(config, task, returns[task])) < 2, task
 
 

