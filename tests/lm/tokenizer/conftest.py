@@ -32,6 +32,9 @@ def small_bpe() -> str:
     )
     backend.train_from_iterator(["the line of the river is 12345", "a line there"] * 8, trainer)
     # What a model's file may ask for, and a long text must not suffer.
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
     backend.enable_truncation(4)
     backend.enable_padding(length=64)
     return backend.to_str()
