@@ -154,7 +154,9 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
                 "tokenizer_config.json": _as_json(settings),
             }
         case other:
-            raise ValueError(f"transformers has no tokenizer of the kind {other!r}; export the weights alone (with_tokenizer=false)")
+            raise ValueError(
+                f"transformers has no tokenizer of the kind {other!r}; export the weights alone (with_tokenizer=false)"
+            )
 
 
 def _token(backend: Mapping[str, Any], index: int) -> str | None:
