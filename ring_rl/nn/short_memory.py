@@ -75,8 +75,8 @@ class CausalConvolution(nnx.Module):
 
     def __call__(self, tokens: TokensBack) -> Float[Array, "B T M"]:
         """The convolution of tokens that know the `span` - 1 before them, in their dtype; sums are float32."""
-        (B, n, c, M), t = tokens.chunks.shape, tokens.chunks.shape[2] - tokens.count
+        B, n, c, M = tokens.chunks.shape
         together = tokens.together
         if together is not None:
-            together = together.reshape(B, n, t, -1)
-        return causal_convolution(tokens.chunks, self.kernel[...], together).reshape(B, n * t, M)
+            together = together.reshape(B, n, c - tokens.count, -1)
+        return causal_convolution(tokens.chunks, self.kernel[...], together).reshape(B, -1, M)
