@@ -23,18 +23,18 @@ class TokensBack(NamedTuple):
     """Tokens that can be asked for those a little before them.
 
     Attributes:
-        chunks: Runs of tokens, each with the `count` before it.
-        count: How far back.
+        chunks: Runs of tokens, each with the `reach` before it.
+        reach: How far back.
         together: Whether the token 1, 2, ... back is of the same document; None is yes for all.
     """
 
     chunks: Shaped[Array, "B n c ..."]
-    count: int
+    reach: int
     together: Bool[Array, "B T j"] | None
 
     def back(self, lag: int) -> Shaped[Array, "B T ..."]:
         """The token `lag` before each, zeros where there is none of the same document."""
-        x = lagged(self.chunks, lag, count=self.count)
+        x = lagged(self.chunks, lag, count=self.reach)
         if lag == 0 or self.together is None:
             return x
         together_BT = self.together[:, :, lag - 1]
@@ -78,5 +78,5 @@ class CausalConvolution(nnx.Module):
         B, n, c, M = tokens.chunks.shape
         together = tokens.together
         if together is not None:
-            together = together.reshape(B, n, c - tokens.count, -1)
+            together = together.reshape(B, n, c - tokens.reach, -1)
         return causal_convolution(tokens.chunks, self.kernel[...], together).reshape(B, -1, M)
