@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = [REPOSITORY / "ring_rl" / room / "README.md" for room in ("agent", "training")]
+PAGES = [REPOSITORY / "ring_rl" / room / "README.md" for room in ("agent", "lm", "training")]
 
 
 def anchor(heading):
