@@ -114,6 +114,12 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
+def test_what_another_process_is_writing_there_is_no_hindrance(tmp_path):
+    (tmp_path / ".settings.abc.json").write_text("{")
+    tokenized = tokenize_documents(Texts("ab"), document_tokens(), cache=tmp_path, progress=False)
+    assert contents(tokenized) == [[ord("a"), ord("b")]]
+
+
 def test_a_damaged_cache_is_said_to_be_so(tmp_path):
     tokenize_documents(Texts("abcd"), document_tokens(), cache=tmp_path, progress=False)
     listed = json.loads((tmp_path / "documents_00000.json").read_text())
