@@ -3,6 +3,7 @@
 # make check  lint, format, types, import contracts
 # make bench, overlap, errors   measure the attention kernels: speed, hidden transfers, accuracy
 # make reproduce  the table of agents (two hours); make simulation, reader  what collecting and reading cost
+# make retrieval  the figure of line retrieval: models trained from nothing, asked beyond their trained lengths
 # Everything goes into .venv; nothing else on the machine is touched.
 
 # The newest Python that every dependency has wheels for comes first; any from 3.11 on will do.
@@ -13,7 +14,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 INSTALL := --constraint constraints.txt --editable '.[simulator,minari,cluster,lm,development]'
 
-.PHONY: demo test check format setup constraints memory engine simulation reader reproduce bench overlap errors figures clean
+.PHONY: demo test check format setup constraints memory engine simulation reader reproduce retrieval bench overlap errors figures clean
 
 demo: setup
 	$(BIN)/python experiments/demo.py
@@ -51,6 +52,10 @@ reader: setup
 # The paper's table of agents, on two cores: says first what is left and how long it takes, and goes on where it was.
 reproduce: setup
 	$(BIN)/python experiments/reproduce_agent.py preset=cpu
+
+# Accuracy of line retrieval against length, on two cores: says first what is left, and goes on where it was.
+retrieval: setup
+	$(BIN)/python experiments/reproduce_lm.py preset=cpu
 
 # Our attention beside PyPI ringattention, jax.nn.dot_product_attention and torch, on the same inputs in one run.
 # torch's CPU build is enough; the default build on Linux brings gigabytes of CUDA.

@@ -22,7 +22,7 @@ from ring_rl.lm.reproduction.plan import Cell, PresetConfig
 from ring_rl.lm.reproduction.report import write_figure_report
 
 REPOSITORY = Path(__file__).parents[1]
-Stage = Literal["train", "evaluate", "report"]
+Phase = Literal["train", "evaluate", "report"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class ReproduceLMConfig:
     runs: Path
     output: Path
     weights: Path | None
-    stages: tuple[Stage, ...]
+    phases: tuple[Phase, ...]
     dry_run: bool
     partial: bool
 
@@ -114,7 +114,7 @@ def evaluate(config: ReproduceLMConfig) -> None:
     for cell in cells:
         if not cell.trained:
             raise ValueError(
-                f"{cell.run_dir} is not trained to its end; train it first: stages=[train], or set partial=true to "
+                f"{cell.run_dir} is not trained to its end; train it first: phases=[train], or set partial=true to "
                 "pass it over"
             )
     for number, cell in enumerate(cells):
@@ -177,17 +177,17 @@ def report(config: ReproduceLMConfig) -> None:
 
 
 def reproduce(config: ReproduceLMConfig) -> None:
-    """Announces, then goes through the stages in their order."""
+    """Announces, then goes through the phases in their order."""
     check_settings(config)
     announce(config)
     if config.dry_run:
         if missing := [cell for cell in config.cells if not cell.trained]:
             print(f"first: python {shlex.join(training_command(config.preset, missing[0]))}")
         return
-    stages: dict[Stage, Callable[[ReproduceLMConfig], None]] = {"train": train, "evaluate": evaluate, "report": report}
-    for name, stage in stages.items():
-        if name in config.stages:
-            stage(config)
+    phases: dict[Phase, Callable[[ReproduceLMConfig], None]] = {"train": train, "evaluate": evaluate, "report": report}
+    for name, phase in phases.items():
+        if name in config.phases:
+            phase(config)
 
 
 @hydra.main(config_path="../conf/reproduce_lm", config_name="reproduce_lm", version_base="1.3")

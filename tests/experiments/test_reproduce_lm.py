@@ -122,9 +122,9 @@ def test_a_whole_figure(tiny, load_script, capsys, monkeypatch):
     assert "cells=2 left=2 hours_left=2.00" in capsys.readouterr().out
     assert not tiny.runs.exists()
     with pytest.raises(ValueError, match="seed_0 is not trained to its end; train it first"):
-        script.reproduce(dataclasses.replace(tiny, stages=("evaluate",)))
+        script.reproduce(dataclasses.replace(tiny, phases=("evaluate",)))
     with pytest.raises(ValueError, match=r"2 of 2 cells are not finished.*; train and evaluate"):
-        script.reproduce(dataclasses.replace(tiny, stages=("report",)))
+        script.reproduce(dataclasses.replace(tiny, phases=("report",)))
 
     script.reproduce(tiny)
     last_line = capsys.readouterr().out.strip().splitlines()[-1]
