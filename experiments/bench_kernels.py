@@ -98,7 +98,8 @@ class BenchmarkConfig:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
         if not 1 <= self.packed_documents <= min(self.tokens.values()):
             raise ValueError(
-                f"packed_documents must be between 1 and the {min(self.tokens.values())} tokens, got {self.packed_documents}"
+                f"packed_documents must be between 1 and the {min(self.tokens.values())} tokens, "
+                f"got {self.packed_documents}"
             )
         if self.cases is not None and not self.cases:
             raise ValueError("cases must name at least one case; null is all of the platform's")
