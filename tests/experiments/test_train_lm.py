@@ -176,7 +176,7 @@ def test_documents_are_learned(train_lm, tmp_path):
     ("overrides", "complaint"),
     [
         (["stages.lines_112.batch_size=3", "mesh.fsdp=2", "mesh.sp=1"], "stages.lines_112: batch of 3"),
-        (["model.tokenizer.name=bytes", "~model.tokenizer.words"], "not in those of the model's tokenizer"),
+        (["model.tokenizer.name=bytes", "~model.tokenizer.words"], "in its own words, not in those"),
         (["training_data.words=wonderwords"], "set model.tokenizer="),
         (["stages.lines_8.lines=null"], "stages.lines_8: a stage needs either length or lines"),
         (["+stages.lines_8.stepz=4"], "unknown key 'stages.lines_8.stepz'"),

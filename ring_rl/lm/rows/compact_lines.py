@@ -52,8 +52,8 @@ class CompactLinesData:
         self._config, self._lines = config, CompactLines(key_words(config.words))
         if tokenizer.to_mapping() != self._lines.tokenizer.to_mapping():
             raise ValueError(
-                f"training_data.name=compact_lines with words={config.words} is written in its own words, not in those of "
-                f"the model's tokenizer; set model.tokenizer={{name: compact_lines, words: {config.words}}}"
+                f"training_data.name=compact_lines with words={config.words} is written in its own words, not in those "
+                f"of the model's tokenizer; set model.tokenizer={{name: compact_lines, words: {config.words}}}"
             )
 
     def row_length(self, *, length: int | None, lines: int | None) -> int:
