@@ -53,7 +53,8 @@ class CompactLinesData:
         if tokenizer.to_mapping() != self._lines.tokenizer.to_mapping():
             raise ValueError(
                 f"training_data.name=compact_lines with words={config.words} is written in its own words, not in those "
-                f"of the model's tokenizer; set model.tokenizer={{name: compact_lines, words: {config.words}}}"
+                "of the model's tokenizer; set tokenizer@model.tokenizer=compact_lines "
+                f"model.tokenizer.words={config.words}"
             )
 
     def row_length(self, *, length: int | None, lines: int | None) -> int:
