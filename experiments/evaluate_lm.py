@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from flax import nnx
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
+from ring_rl.lm.documents.document import digest
 from ring_rl.lm.documents.load import read_tokens
 from ring_rl.lm.evaluation.cells import SampleRecord
 from ring_rl.lm.evaluation.perplexity_suite import (
@@ -33,6 +35,7 @@ from ring_rl.lm.evaluation.suites import MAY_GROW, SuiteConfig, make_suite
 from ring_rl.lm.load_model import LoadedModel, ModelSource, load_model, warn_beyond_trained_positions
 from ring_rl.lm.tokenizer.protocol import Tokenizer
 from ring_rl.nn.parallel import SequenceParallel
+from ring_rl.training.fingerprint import fingerprint_of_arrays
 from ring_rl.training.mesh import MeshConfig, request_virtual_devices
 from ring_rl.training.parallel_config import ParallelConfig, make_parallel
 from ring_rl.training.provenance import device_description, git_commit, versions
@@ -59,8 +62,11 @@ class EvaluateLMConfig:
     virtual_devices: int
 
 
-def identity(config: EvaluateLMConfig, loaded: LoadedModel) -> dict[str, Any]:
-    """What a sample's result depends on; where the model lies and on which devices it runs is not among it."""
+def identity(config: EvaluateLMConfig, loaded: LoadedModel, text: str | None) -> dict[str, Any]:
+    """What a sample's result depends on; where model and text lie and on which devices it runs is not among it.
+
+    The model's own numbers are, and the text's: another one of the same name would be given the first one's answers.
+    """
     model = to_mapping(config.model)
     for free in ("run_dir", "path", "step", "feed_forward_chunks", "attention_block_size", "saved_activations"):
         model.pop(free, None)
@@ -70,6 +76,8 @@ def identity(config: EvaluateLMConfig, loaded: LoadedModel) -> dict[str, Any]:
         "model": {**model, **origin},
         "suite": to_mapping(config.suite),
         "template": to_mapping(config.template),
+        "weights": fingerprint_of_arrays(nnx.state(loaded.model, nnx.Param)),
+        "text": text,
     }
 
 
@@ -99,11 +107,13 @@ def progress_bar(total: int, done: int) -> Iterator[Callable[[str, int], None]]:
             raise KeyboardInterrupt("what is answered is written; the same command again asks the rest") from None
 
 
-def opened_log(config: EvaluateLMConfig, loaded: LoadedModel, record_type: type[T]) -> SampleLog[T]:
-    """The output folder's log."""
+def opened_log(
+    config: EvaluateLMConfig, loaded: LoadedModel, record_type: type[T], *, text: str | None
+) -> SampleLog[T]:
+    """The output folder's log; `text` is the fingerprint of what is read."""
     key: Callable[[T], Hashable] = lambda record: record.key  # noqa: E731
     return SampleLog(
-        config.output, record_type=record_type, key=key, identity=identity(config, loaded), may_differ=MAY_DIFFER
+        config.output, record_type=record_type, key=key, identity=identity(config, loaded, text), may_differ=MAY_DIFFER
     )
 
 
@@ -120,7 +130,7 @@ def ask(
     warn_beyond_trained_positions(loaded.config, len(prompter.prompt(suite.sample(suite.cells()[-1], 0))))
     questioner = Questioner(loaded.model, prompter, parallel=parallel, questions=config.questions)
     wanted = [cell.key(mode, index) for cell in suite.cells() for mode in modes for index in range(suite.samples)]
-    with opened_log(config, loaded, SampleRecord) as log:
+    with opened_log(config, loaded, SampleRecord, text=suite.text_fingerprint) as log:
         left = sum(map(len, missing_samples(suite, log, modes).values()))
         with progress_bar(len(wanted), len(wanted) - left) as on_samples:
             evaluate(questioner, suite, log, on_samples=on_samples)
@@ -150,9 +160,12 @@ def measure_perplexity(
     parallel: SequenceParallel,
 ) -> dict[str, float]:
     """Perplexity of documents; returns the main figures by name."""
-    documents = chosen_documents(read_tokens(suite.documents, tokenizer, progress=True), suite)
+    tokenized = read_tokens(suite.documents, tokenizer, progress=True)
+    documents = chosen_documents(tokenized, suite)
     warn_beyond_trained_positions(loaded.config, suite.lengths[-1])
-    with opened_log(config, loaded, PerplexityRecord) as log:
+    # Not the files' own fingerprint: a copy of a corpus elsewhere is the same text.
+    text = digest(*(f"{name} {length}" for name, length in zip(tokenized.names, tokenized.lengths, strict=True)))
+    with opened_log(config, loaded, PerplexityRecord, text=text) as log:
         total = len(suite.rules) * len(suite.lengths) * len(documents)
         left = len(missing_perplexities(suite, list(documents), log))
         with progress_bar(total, total - left) as on_samples:

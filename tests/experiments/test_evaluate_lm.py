@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax.numpy as jnp
 import optax
@@ -43,7 +44,7 @@ TRANSFORMER = TransformerConfig(
 def save_run():
     """`save_run(folder, tokenizer)`: a run's checkpoint of random weights, as training leaves it."""
 
-    def save(folder, tokenizer, *, step=3):
+    def save(folder, tokenizer, *, step=3, weights=0):
         config = LanguageModelConfig(
             name="language",
             vocabulary_size=tokenizer.vocabulary_size,
@@ -52,7 +53,7 @@ def save_run():
             trained_positions=64,
             transformer=TRANSFORMER,
         )
-        parameters = nnx.state(LanguageModel(config, rngs=nnx.Rngs(0)), nnx.Param)
+        parameters = nnx.state(LanguageModel(config, rngs=nnx.Rngs(weights)), nnx.Param)
         state = TrainState(jnp.asarray(step), parameters, optax.sgd(0.1).init(parameters))
         extra = {"label": "young", "seed": 0, "tokenizer": tokenizer.to_mapping()}
         with Checkpointer(folder / "checkpoints", keep=2, model_config=to_mapping(config), extra=extra) as checkpointer:
@@ -122,14 +123,22 @@ def test_an_evaluation_leaves_samples_tables_and_pictures_and_goes_on(
     assert "suite.seed: saved 0, wanted 1" in complaint
     older = save_run(tmp_path / "older", compact_tokenizer(key_words("small")), step=2)
     assert "model.step: saved 3, wanted 2" in refused(asked, call_script, older, output, *SMALL_LINES)
+    # A model of the same label, seed and step that is another one would be given the answers of the first.
+    other = save_run(tmp_path / "other", compact_tokenizer(key_words("small")), weights=1)
+    assert "weights: saved" in refused(asked, call_script, other, output, *SMALL_LINES)
+    assert (output / "samples.jsonl").read_text().splitlines()[:16] == lines
 
 
-def test_needles_become_a_heat_map(call_script, byte_run, tmp_path):
+def test_needles_become_a_heat_map(call_script, refused, byte_run, tmp_path):
     options = ["suite.lengths=[700]", "suite.depths=[0,1]", "suite.samples=2", "questions.batch_tokens=4096"]
     with pytest.warns(UserWarning, match="beyond the 64 positions"):
         summary = asked(call_script, byte_run, tmp_path / "out", "suite=needle", *options)
     assert summary["scores"][0]["score"]["count"] == 4
     assert (tmp_path / "out" / "heat_map.png").read_bytes().startswith(b"\x89PNG")
+    text = tmp_path / "text.txt"
+    text.write_text("Another text altogether. " * 99)
+    changed = (f"suite.haystack={text}", *options)
+    assert "text: saved" in refused(asked, call_script, byte_run, tmp_path / "out", "suite=needle", *changed)
 
 
 def test_perplexity_of_documents(call_script, refused, byte_run, tmp_path):
@@ -154,6 +163,12 @@ def test_perplexity_of_documents(call_script, refused, byte_run, tmp_path):
     # Random weights know nothing: about as good as guessing one of 258, and no better than some letters.
     assert all(30 < each["value"] < 3000 for each in summary["perplexity"])
     assert (tmp_path / "out" / "perplexity_by_length.png").read_bytes().startswith(b"\x89PNG")
+    # The same corpus elsewhere is the same evaluation; another one of the same place in the configuration is not.
+    shutil.copytree(texts, tmp_path / "copy")
+    moved = [option.replace(str(texts), str(tmp_path / "copy")) for option in options]
+    assert asked(call_script, byte_run, tmp_path / "out", *moved)["perplexity"] == summary["perplexity"]
+    (tmp_path / "copy" / "a.txt").write_text("quite another " * 40)
+    assert "text: saved" in refused(asked, call_script, byte_run, tmp_path / "out", *moved)
     complaint = refused(asked, call_script, byte_run, tmp_path / "other", *options, "suite.document_tokens=4096")
     assert "no document has 4096 tokens" in complaint
 

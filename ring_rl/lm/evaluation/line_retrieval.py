@@ -54,6 +54,8 @@ class LineRetrievalConfig:
 class LineRetrieval:
     """The suite for one model's tokenizer and template."""
 
+    text_fingerprint: str | None = None
+
     def __init__(self, config: LineRetrievalConfig, prompter: Prompter):
         self._config, self._prompter = config, prompter
         self.samples, self.unit = config.samples, config.unit

@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 from typing import Literal
 
+from ring_rl.lm.documents.document import digest
 from ring_rl.lm.evaluation.cells import Cell
 from ring_rl.lm.evaluation.line_retrieval import check_grid, grid
 from ring_rl.lm.evaluation.prompts import Prompter
@@ -74,6 +75,11 @@ class Needles:
         self._config, self._prompter = config, prompter
         self.samples = config.samples
 
+    @property
+    def text_fingerprint(self) -> str:
+        """See `Suite`."""
+        return digest(self._text)
+
     def cells(self) -> tuple[Cell, ...]:
         """See `Suite`."""
         if isinstance(self._config, SingleNeedleConfig):
@@ -120,6 +126,9 @@ class Needles:
         return config.needles if isinstance(config, MultiNeedleConfig) else 1 + config.distractors
 
     @functools.cached_property
+    def _text(self) -> str:
+        return python_reference() if self._config.haystack is None else read_haystack(self._config.haystack)
+
+    @functools.cached_property
     def _haystack(self) -> Haystack:
-        text = python_reference() if self._config.haystack is None else read_haystack(self._config.haystack)
-        return Haystack(text, self._prompter.tokenizer)
+        return Haystack(self._text, self._prompter.tokenizer)

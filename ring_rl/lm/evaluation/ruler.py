@@ -47,6 +47,7 @@ class Ruler:
     """The suite for one model's tokenizer and template; answers may be as long as RULER allows."""
 
     unit = "tokens"
+    text_fingerprint: str | None = None
 
     def __init__(self, config: RulerConfig, prompter: Prompter):
         self._config, self._prompter = config, prompter

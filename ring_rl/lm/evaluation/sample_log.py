@@ -30,7 +30,8 @@ class SampleLog(Generic[T]):
         folder: Missing, or that of the same evaluation.
         record_type: The dataclass of a line.
         key: What tells records apart; a second record with one key is refused when it is read.
-        identity: Plain JSON that says what is evaluated, and how.
+        identity: Plain JSON that says what is evaluated, and how. What an older evaluation did not write down at all is
+            not compared.
         may_differ: Dotted paths of it that change which samples are evaluated, and none of their results.
 
     Raises:
@@ -118,7 +119,8 @@ def _check_identity(file: Path, identity: Mapping[str, Any], may_differ: tuple[s
         saved = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is no JSON ({error}); choose another output") from None
-    if differences := describe_differences(saved, identity, ignore=may_differ):
+    unsaid = tuple(key for key in identity if key not in saved)
+    if differences := describe_differences(saved, identity, ignore=(*may_differ, *unsaid)):
         raise ValueError(
             f"{file.parent} holds another evaluation ({'; '.join(differences)}); choose another output, or give the "
             "saved values to go on with it"

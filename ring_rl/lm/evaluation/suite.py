@@ -26,6 +26,11 @@ class Suite(Protocol):
         """What a cell's length counts: "tokens" or "lines"."""
         ...
 
+    @property
+    def text_fingerprint(self) -> str | None:
+        """Of a text from outside that samples are made of; None where there is none."""
+        ...
+
     def cells(self) -> tuple[Cell, ...]:
         """In the order in which they are evaluated."""
         ...

@@ -52,6 +52,10 @@ def test_another_evaluation_is_refused_and_what_may_differ_is_not(tmp_path, reco
     with pytest.raises(ValueError, match="another evaluation"):
         opened(tmp_path, more, may_differ=("suite.samples",))
     assert read(tmp_path) == [record()]
+    # An evaluation from before `weights` was written down goes on.
+    opened(tmp_path, {**IDENTITY, "weights": "0f"}).close()
+    with pytest.raises(ValueError, match="suite"):
+        opened(tmp_path, {"source": IDENTITY["source"]})
 
 
 def test_no_second_process_writes_beside_the_first(tmp_path):
