@@ -158,9 +158,10 @@ def _tracking_text(generator: np.random.Generator, size: int, letters: int) -> t
         "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
         f"{context}\nQuestion: Find all variables that are assigned the value {value} in the text above."
     )
+    # The slip of the pen is RULER's, too.
     prefix = (
         f" Answer: According to the chain(s) of variable assignment in the text above, {len(names)} variables are "
-        f"assigned the value {value}, they are: "
+        f"assgined the value {value}, they are: "
     )
     return prompt, prefix, names
 

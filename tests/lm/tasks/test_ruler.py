@@ -140,7 +140,7 @@ class TestVariableTracking:
         assert len(names) == 5
         assert text.count(NOISE) == sample.details["sentences"]
         assert sample.answer_prefix == (
-            " Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assigned the "
+            " Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assgined the "
             f"value {value}, they are: "
         )
         of_example = re.findall(r"^VAR ([A-Z]{3}) = ", example, re.MULTILINE)
