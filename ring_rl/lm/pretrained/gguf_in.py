@@ -101,12 +101,13 @@ class GGUFFile(TensorSource):
         from gguf.quants import dequantize
 
         tensor, rows = self._tensors[name], index[0]
-        heads = {
-            "q_proj": "num_attention_heads",
-            "k_proj": "num_key_value_heads",
-        }.get(name.split(".")[-2])
-        if heads is not None:
-            rows = split_halves(len(tensor.data), self.config[heads])[rows]
+        projection = name.split(".")[-2]
+        if projection in ("q_proj", "k_proj"):
+            heads = self.config["num_attention_heads"]
+            if projection == "k_proj":
+                # Files of models without groups need not say it.
+                heads = self.config.get("num_key_value_heads", heads)
+            rows = split_halves(len(tensor.data), heads)[rows]
         values = dequantize(tensor.data[rows], tensor.tensor_type)
         return np.asarray(values, np.float32)[(slice(None), *index[1:])]
 
@@ -150,13 +151,11 @@ class GGUFFile(TensorSource):
         )
         if turning and width and heads and turning != config.get("head_dim", width // heads):
             raise ValueError(f"{self.path} turns {turning} dimensions of a head and not all, which is not supported")
-        scaling = {key.removeprefix("rope.scaling.") for key in said if key.startswith("rope.scaling.")}
-        unknown = sorted(scaling - {*_SCALING_KEYS, "finetuned"})
+        known = {f"rope.scaling.{key}" for key in (*_SCALING_KEYS, "finetuned")}
+        # Before there were kinds of scaling, files said "rope.scale_linear".
+        unknown = sorted(key for key in said if key.startswith("rope.scal") and key not in known)
         if unknown or "rope_freqs.weight" in self._tensors:
-            what = (
-                ", ".join(f"rope.scaling.{key}" for key in unknown)
-                or "rope_freqs.weight, the factors of llama3's rotary scaling"
-            )
+            what = ", ".join(unknown) or "rope_freqs.weight, the factors of llama3's rotary scaling"
             raise ValueError(
                 f"{self.path} holds {what}, which cannot be read from GGUF files; load the model's safetensors"
             )

@@ -26,6 +26,8 @@ _CUTS: dict[str, tuple[str, ...]] = {
     "llama-bpe": (_LLAMA3,),
     "llama3": (_LLAMA3,),
 }
+# Names of tokenizers that take a piece which is a token whole, whatever the merges make of it.
+_WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3")
 
 # tokenizer.ggml.token_type: read from a text as one token although no merge leads there.
 _CONTROL, _USER_DEFINED = 3, 4
@@ -46,13 +48,13 @@ def tokenizer_from_gguf(path: Path) -> HuggingFaceTokenizer:
     if kind != "gpt2":
         raise ValueError(
             f"{path} holds a tokenizer of the kind {kind!r}; only byte-level BPE ('gpt2') is read from GGUF files: "
-            "give the model's tokenizer.json or tokenizer.model instead"
+            "give the model's tokenizer.json or tokenizer.model instead (model.tokenizer={name: file, path: ...})"
         )
     cut = fields.get("tokenizer.ggml.pre")
     if cut not in _CUTS:
         raise ValueError(
             f"{path} cuts its text as {cut!r}, which is not known here (known: {', '.join(_CUTS)}); "
-            "give the model's tokenizer.json instead"
+            "give the model's tokenizer.json instead (model.tokenizer={name: file, path: ...})"
         )
     tokens: list[str] = fields.get("tokenizer.ggml.tokens") or []
     merges: list[str] = fields.get("tokenizer.ggml.merges") or []
@@ -60,19 +62,21 @@ def tokenizer_from_gguf(path: Path) -> HuggingFaceTokenizer:
         raise ValueError(f"{path} holds {len(tokens)} tokens and {len(merges)} merges; a tokenizer needs both")
     types: list[int] = fields.get("tokenizer.ggml.token_type") or []
     return HuggingFaceTokenizer(
-        _tokenizer_json(tokens, merges, types, _CUTS[cut]),
+        _tokenizer_json(tokens, merges, types, _CUTS[cut], whole_tokens_first=cut in _WHOLE_TOKENS_FIRST),
         bos_id=_optional_id(fields, "bos"),
         eos_id=_optional_id(fields, "eos"),
     )
 
 
-def _tokenizer_json(tokens: list[str], merges: list[str], types: list[int], cuts: tuple[str, ...]) -> str:
+def _tokenizer_json(
+    tokens: list[str], merges: list[str], types: list[int], cuts: tuple[str, ...], *, whole_tokens_first: bool
+) -> str:
     library = import_tokenizers()
     pre, token = library.pre_tokenizers, library.AddedToken
     vocabulary = {text: index for index, text in enumerate(tokens)}
     # A token holds no space itself (a byte-level space is a letter), so the first space separates the two halves.
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    backend = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=pairs))
+    backend = library.Tokenizer(library.models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=whole_tokens_first))
     backend.pre_tokenizer = pre.Sequence(
         [
             *(pre.Split(library.Regex(expression), behavior="isolated") for expression in cuts),

@@ -41,11 +41,12 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write(path, llama, *, quantisation="F32", architecture="llama", tied=False, **extra):
-    """The committed model as a GGUF file."""
+def write(path, llama, *, quantisation="F32", architecture="llama", tied=False, groups=True, **extra):
+    """The committed model as a GGUF file; without `groups` every query head has keys and values of its own."""
     kind = gguf.GGMLQuantizationType[quantisation]
     writer = gguf.GGUFWriter(path, architecture)
-    for key, value in (HEADER | extra).items():
+    header = {key: value for key, value in HEADER.items() if groups or not key.endswith("head_count_kv")}
+    for key, value in (header | extra).items():
         if isinstance(value, list):
             writer.add_array(f"{architecture}.{key}", value)
         elif isinstance(value, str):
@@ -60,8 +61,10 @@ def write(path, llama, *, quantisation="F32", architecture="llama", tied=False, 
         if tied and name == "lm_head.weight":
             continue
         values = tensor.astype(np.float32)
+        if not groups and ("k_proj" in name or "v_proj" in name):
+            values = values.reshape(2, -1, values.shape[1]).repeat(2, axis=0).reshape(-1, values.shape[1])
         if "q_proj" in name or "k_proj" in name:
-            values = permuted(values, 4 if "q_proj" in name else 2)
+            values = permuted(values, 2 if "k_proj" in name and groups else 4)
         for theirs, ours in NAMES.items():
             name = name.replace(theirs, ours)
         if values.ndim == 2:
@@ -109,6 +112,14 @@ def test_a_file_without_a_head_has_a_tied_one(llama, tmp_path):
     assert "vocabulary.head" not in llama.weights(loaded.model)
 
 
+def test_a_file_that_says_nothing_of_key_value_heads_has_one_for_each_query_head(llama, tmp_path):
+    loaded = llama.load(write(tmp_path / "model.gguf", llama, groups=False))
+    assert loaded.config.transformer.key_value_heads == 4
+    kernel = lambda model: llama.weights(model)["transformer.blocks.attention.key.kernel"]  # noqa: E731
+    of_two = kernel(llama.whole.model).reshape(2, 64, 2, 16)
+    np.testing.assert_array_equal(kernel(loaded.model).reshape(2, 64, 4, 16), of_two.repeat(2, axis=2))
+
+
 def test_scaling_by_interpolation(llama, tmp_path):
     extra = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     scaling = llama.load(write(tmp_path / "model.gguf", llama, **extra)).config.transformer.rotary_scaling
@@ -124,6 +135,7 @@ def test_scaling_by_interpolation(llama, tmp_path):
         ({"attention.head_count_kv": [2, 1]}, "another attention.head_count_kv in every layer"),
         ({"rope.scaling.type": "longrope"}, "'longrope', which is not supported"),
         ({"rope.scaling.type": "yarn", "rope.scaling.attn_factor": 2.0}, r"holds rope\.scaling\.attn_factor"),
+        ({"rope.scale_linear": 4.0}, r"holds rope\.scale_linear, which cannot be read"),
         ({"block_count": 3}, r"9 missing: model\.layers\.2"),
     ],
 )

@@ -55,6 +55,14 @@ def test_the_name_of_a_cut_says_what_may_merge(tmp_path):
     assert pieces("llama-bpe") == ["ab", " a", " ", "12"]
 
 
+def test_llama_3_takes_a_token_whole_that_no_merge_leads_to(tmp_path):
+    whole = 2 + len(LETTERS)
+    given = {"extra": ("abc", "ab"), "merges": ("a b",)}
+    of = lambda cut: tokenizer_from_gguf(write(tmp_path / f"{cut}.gguf", cut=cut, **given)).encode("abc")  # noqa: E731
+    np.testing.assert_array_equal(of("llama-bpe"), [whole])
+    np.testing.assert_array_equal(of("gpt-2"), [whole + 1, 2 + LETTERS.index("c")])
+
+
 def test_beginnings_ends_and_special_tokens(tmp_path):
     tokenizer = tokenizer_from_gguf(write(tmp_path / "model.gguf"))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
