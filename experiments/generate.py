@@ -22,7 +22,7 @@ from ring_rl.lm.evaluation.prompts import TemplateConfig
 from ring_rl.lm.generate import Generation, Generator, Sampling
 from ring_rl.lm.generation.prompts import check_prompts
 from ring_rl.lm.load_model import ModelSource, load_model, warn_beyond_trained_positions
-from ring_rl.lm.tokenizer.protocol import Tokenizer
+from ring_rl.lm.tokenizer.protocol import Tokenizer, written_text
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.mesh import MeshConfig, make_mesh, request_virtual_devices
 from ring_rl.typing import Int32
@@ -71,7 +71,10 @@ def texts_of(config: GenerateConfig) -> list[str]:
     if config.prompts is None:
         return [config.prompt or ""]
     texts = []
-    for number, line in enumerate(config.prompts.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines, which would also cut at separators that may stand within a text.
+    for number, line in enumerate(config.prompts.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             texts.append(from_mapping(PromptLine, json.loads(line)).prompt)
         except ValueError as error:
@@ -114,6 +117,8 @@ def generate_texts(config: GenerateConfig) -> None:
         warn_beyond_trained_positions(loaded.config, max(map(len, prompts)) + config.max_new_tokens)
     generator = Generator(loaded.model, parallel=parallel, chunk_size=config.chunk_size)
     seconds, lines = time.perf_counter(), []
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with contextlib.nullcontext() if config.output is None else config.output.open("x", encoding="utf-8") as file:
             for line in written_lines(config, generator, texts, prompts, tokenizer):
@@ -126,6 +131,9 @@ def generate_texts(config: GenerateConfig) -> None:
         if config.output is None:
             for line in lines:
                 print(line["text"])
+        elif not lines and config.output.exists() and not config.output.stat().st_size:
+            # Nothing is lost with it, and it would be in the way of another try.
+            config.output.unlink()
     tokens, stopped = (sum(line[name] for line in lines) for name in ("tokens", "stopped"))
     print(f"prompts={len(lines)} tokens={tokens} stopped={stopped} seconds={time.perf_counter() - seconds:.1f}")
 
@@ -169,7 +177,7 @@ def line_of(index: int, prompt: str, generation: Generation, row: int, tokenizer
     return {
         "index": index,
         "prompt": prompt,
-        "text": tokenizer.decode(tokens),
+        "text": written_text(tokens, tokenizer),
         "tokens": len(tokens),
         "log_probability": float(np.sum(generation.log_probabilities[row], dtype=np.float64)),
         "stopped": generation.stopped[row],

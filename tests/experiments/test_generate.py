@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,6 +79,28 @@ def test_ctrl_c_leaves_the_texts_that_are_done(
     assert [line["prompt"] for line in lines(output)] == PROMPTS[:2]
     # The last batch would have been as large as the first.
     assert calls == [2, 2]
+
+
+def test_a_prompt_may_hold_any_separator_and_lines_may_be_blank(load_script, tmp_path):
+    prompts = ["one\u2028two", "three\x85four", "five"]
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    config = SimpleNamespace(prompts=tmp_path / "prompts.jsonl")
+    assert load_script("generate").texts_of(config) == prompts
+
+
+def test_a_failure_before_the_first_text_leaves_no_file_in_the_way(
+    call_script, load_script, refused, options, prompts_file, tmp_path, monkeypatch
+):
+    def fails(*_, **__):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(load_script("generate").Generator, "__call__", fails)
+    output = tmp_path / "new" / "texts.jsonl"
+    for _ in range(2):
+        assert "no room" in refused(call_script, "generate", *options, f"prompts={prompts_file}", f"output={output}")
+    assert output.parent.is_dir()
+    assert not output.exists()
 
 
 def test_a_context_beyond_the_trained_one_is_warned_of(call_script, options):

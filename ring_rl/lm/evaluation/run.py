@@ -17,6 +17,7 @@ from ring_rl.lm.generate import GREEDY, Generator
 from ring_rl.lm.model import LanguageModel
 from ring_rl.lm.tasks.sample import Sample
 from ring_rl.lm.tasks.scorers import answer_hits, score
+from ring_rl.lm.tokenizer.protocol import written_text
 from ring_rl.nn.parallel import SequenceParallel
 
 __all__ = ["Questioner", "QuestionsConfig", "Verdict", "evaluate", "missing_samples"]
@@ -88,7 +89,7 @@ class Questioner:
             Verdict(
                 tokens=int(np.argmax(row.weights > 0)) + 1,
                 score=float(np.mean(answer_hits(each.most_likely, each.targets, each.answer_ids))),
-                output=self.prompter.tokenizer.decode(each.most_likely),
+                output=written_text(each.most_likely, self.prompter.tokenizer),
                 negative_log_likelihood=-float(np.mean(each.log_probabilities, dtype=np.float64)),
             )
             for row, each in zip(rows, forced, strict=True)
@@ -105,7 +106,7 @@ class Questioner:
         written = self._generator(
             filled, max_new_tokens=max_new_tokens, sampling=GREEDY, stop_ids=() if eos is None else (eos,)
         )
-        texts = [self.prompter.tokenizer.decode(tokens) for tokens in written.tokens[: len(prompts)]]
+        texts = [written_text(tokens, self.prompter.tokenizer) for tokens in written.tokens[: len(prompts)]]
         return [
             Verdict(len(prompt), score(sample, text), text, None)
             for sample, prompt, text in zip(samples, prompts, texts, strict=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ring_rl.typing import Int32
 
-__all__ = ["Tokenizer", "check_ids"]
+__all__ = ["Tokenizer", "check_ids", "written_text"]
 
 
 class Tokenizer(Protocol):
@@ -60,6 +60,15 @@ class Tokenizer(Protocol):
     def to_mapping(self) -> dict[str, Any]:
         """All of it as plain JSON, for checkpoints; `tokenizer_from_mapping` is the inverse."""
         ...
+
+
+def written_text(ids: Int32[np.ndarray, " T"], tokenizer: Tokenizer) -> str:
+    """Text of what a model wrote.
+
+    Models may have more tokens than their tokenizer: rows that fill up the embedding, codes of other modalities. None
+    of them is text, and they are left out as special tokens are.
+    """
+    return tokenizer.decode(ids[ids < tokenizer.vocabulary_size])
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, vocabulary_size: int) -> np.ndarray:

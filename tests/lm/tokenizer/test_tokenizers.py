@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ring_rl.lm.tokenizer.byte_tokenizer import ByteTokenizer
 from ring_rl.lm.tokenizer.huggingface import HuggingFaceTokenizer
 from ring_rl.lm.tokenizer.load import tokenizer_from_mapping
-from ring_rl.lm.tokenizer.protocol import Tokenizer
+from ring_rl.lm.tokenizer.protocol import Tokenizer, written_text
 from ring_rl.lm.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 from ring_rl.lm.tokenizer.word_tokenizer import WordTokenizer
 
@@ -100,6 +100,14 @@ def test_bytes_that_form_no_character_are_shown_as_such():
     ids = tokenizer.encode("é")
     assert len(ids) == 2
     assert tokenizer.decode(ids[:1]) == "\ufffd"
+
+
+def test_what_a_model_wrote_beside_text_is_left_out():
+    """Of 300 rows of an embedding 258 are bytes; the others are codes, or nothing at all."""
+    ids = np.array([104, 258, 105, 299], np.int32)
+    assert written_text(ids, ByteTokenizer()) == "hi"
+    with pytest.raises(ValueError, match=r"token id 258 is not in \[0, 258\)"):
+        ByteTokenizer().decode(ids)
 
 
 def test_a_file_that_asks_for_truncation_or_padding_gets_neither(small_bpe):
