@@ -135,6 +135,7 @@ def train(
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     recent_losses: Iterable[float] = (),
     milestone: Milestone | None = None,
+    more_follows: bool = False,
     progress: bool = True,
 ) -> TrainState:
     """Train from `state.step` to `config.steps`.
@@ -145,7 +146,7 @@ def train(
     more than two steps behind.
 
     SIGINT and SIGTERM let the current step finish, save it and raise `TrainingInterrupted` (an evaluation due
-    at that very step is left out); a second one ends the process at once. During the last step they change
+    at that very step is left out); a second one ends the process at once. During the run's last step they change
     nothing: it is evaluated and saved as ever. The handlers that were there before are restored. Outside the
     main thread no handlers are set, because Python allows none.
 
@@ -166,6 +167,7 @@ def train(
         evaluate: called with the state every `evaluate_every` steps.
         recent_losses: of the checkpoint that training goes on from, `CheckpointMetadata.recent_losses`.
         milestone: where it is reached, that step is treated as the last one.
+        more_follows: the last step is not that of the run, so a request to stop counts there as anywhere.
         progress: show a progress bar.
 
     Returns:
@@ -224,9 +226,9 @@ def train(
                     profiler.stop(state)
 
             # Read once: a signal may come between any two lines, and what is saved must have been checked.
-            # After the last step there is nothing to stop: a run that is complete would never be evaluated again.
+            # After the run's last step there is nothing to stop: a complete run would never be evaluated again.
             last = done == config.steps
-            stopping = agree_to_stop(done, stop.requested) and not last
+            stopping = agree_to_stop(done, stop.requested) and (more_follows or not last)
             log_now = last or done % config.log_every == 0
             save_now = last or stopping or done % config.checkpoint_every == 0
             evaluate_now = evaluate_every is not None and (last or done % evaluate_every == 0) and not stopping
@@ -265,6 +267,8 @@ def train(
             save({})
         # A first signal must not end the process while the last checkpoint is being written.
         checkpointer.wait()
+        if more_follows and agree_to_stop(int(state.step), stop.requested):
+            raise TrainingInterrupted(f"step {int(state.step)} is saved; start again to resume")
     return state
 
 

@@ -113,6 +113,8 @@ def run_stages(
     with open_run_directory(config.run_dir, resolved, may_differ=may_differ) as run, contextlib.ExitStack() as stack:
         say(headline)
         current = _current(stages, config, run, initial_parameters)
+        if current.over and is_main_process():
+            _record_what_was_not(stages[current.place.stage], run, current)
         if current.over and current.place.stage + 1 == len(stages):
             draw_run(run)
             say(f"{run.path} is complete; train its checkpoint further in a new run_dir")
@@ -328,22 +330,43 @@ def _train_stage(
             ),
             recent_losses=current.recent_losses,
             milestone=current.milestone,
+            more_follows=place.stage + 1 < len(stages),
             progress=is_main_process(),
         )
-    last = int(state.step)
-    record = StageRecord(
-        name=stage.name,
-        first_step=place.first_step,
-        last_step=last,
-        tokens=(last - place.first_step) * task.tokens,
-        advanced=current.milestone.reached(last),
-        compile_seconds=round(compile_seconds, 3),
-        train_seconds=round(time.perf_counter() - begin - compile_seconds, 3),
+    record = _stage_record(
+        stage,
+        dataclasses.replace(current, state=state),
+        compile_seconds=compile_seconds,
+        train_seconds=time.perf_counter() - begin - compile_seconds,
         resumed=start > place.first_step,
     )
     if is_main_process():
         _record(run.path / "stages.json", stage.name, to_mapping(record))
     return dataclasses.replace(current, state=state, over=True), record, report
+
+
+def _stage_record(
+    stage: TrainingStage, current: _Current, *, compile_seconds: float, train_seconds: float, resumed: bool
+) -> StageRecord:
+    first, last = current.place.first_step, int(current.state.step)
+    return StageRecord(
+        name=stage.name,
+        first_step=first,
+        last_step=last,
+        tokens=(last - first) * stage.task.tokens,
+        advanced=current.milestone.reached(last),
+        compile_seconds=round(compile_seconds, 3),
+        train_seconds=round(train_seconds, 3),
+        resumed=resumed,
+    )
+
+
+def _record_what_was_not(stage: TrainingStage, run: RunDirectory, current: _Current) -> None:
+    """The record of a stage whose process ended between its last checkpoint and its record; its seconds are lost."""
+    file = run.path / "stages.json"
+    if not file.exists() or stage.name not in json.loads(file.read_text()):
+        record = _stage_record(stage, current, compile_seconds=0.0, train_seconds=0.0, resumed=True)
+        _record(file, stage.name, to_mapping(record))
 
 
 def _record(file: pathlib.Path, name: str, facts: Mapping[str, Any]) -> None:

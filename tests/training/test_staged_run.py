@@ -1,6 +1,8 @@
 """A run in stages of a small network: what goes on, what changes, and that a stop anywhere changes nothing."""
 
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -9,15 +11,17 @@ from flax import nnx
 
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training import staged_run
+from ring_rl.training.checkpoint import Checkpointer
 from ring_rl.training.checkpoint_format import load_arrays, load_for_evaluation, whole_steps
 from ring_rl.training.input import InputConfig
+from ring_rl.training.interrupt import TrainingInterrupted
 from ring_rl.training.loop import LoopIntervals
 from ring_rl.training.mesh import MeshConfig, make_mesh
 from ring_rl.training.metrics import WandbConfig, read_metrics
 from ring_rl.training.milestone import AdvanceWhen
 from ring_rl.training.optimizer import AdamWConfig
 from ring_rl.training.run import MAY_DIFFER
-from ring_rl.training.stage import TrainingStage
+from ring_rl.training.stage import StageStream, TrainingStage
 from ring_rl.training.staged_run import StagedRunConfig, run_stages
 from ring_rl.training.step import Loss
 from ring_rl.training.task import TrainingTask
@@ -195,6 +199,50 @@ def test_a_milestone_ends_a_stage_and_a_cut_inside_its_block_does_not_move_it(tm
     assert again is not None
     assert again.stages[0].last_step == first.last_step
     same_arrays(tmp_path / "parts", tmp_path / "whole", first.last_step + 2)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["in_its_last_step", "while_its_checkpoint_is_written"])
+def test_a_signal_at_the_end_of_a_stage_stops_the_run_and_the_stage_is_told_of(tmp_path, monkeypatch, late):
+    stages = [stage(0), stage(1)]
+    run(tmp_path / "whole", stages)
+    taken, saved = [], Checkpointer.save
+    next_batch = StageStream.__next__
+
+    def batch(self):
+        taken.append(self)
+        if len(taken) == 6 and not late:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return next_batch(self)
+
+    def save(self, state, **kept):
+        if int(state.step) == 6 and late:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return saved(self, state, **kept)
+
+    monkeypatch.setattr(StageStream, "__next__", batch)
+    monkeypatch.setattr(Checkpointer, "save", save)
+    with pytest.raises(TrainingInterrupted, match=r"step 6.* start again to resume"):
+        run(tmp_path / "parts", stages)
+    monkeypatch.undo()
+    run(tmp_path / "parts", stages)
+    same_arrays(tmp_path / "parts", tmp_path / "whole", 12)
+    whole, parts = (json.loads((tmp_path / each / "stages.json").read_text()) for each in ("whole", "parts"))
+    for key in ("first_step", "last_step", "tokens", "advanced"):
+        assert {each: parts[each][key] for each in parts} == {each: whole[each][key] for each in whole}
+    # Nobody timed the whole of the first stage.
+    assert [parts[each]["resumed"] for each in parts] == [True, False]
+
+
+def test_a_last_stage_that_no_record_tells_of_is_told_of_by_the_next_command(tmp_path):
+    run(tmp_path / "run", [stage(0), stage(1)])
+    file = tmp_path / "run" / "stages.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({"stage_0": told["stage_0"]}))
+    assert run(tmp_path / "run", [stage(0), stage(1)]) is None
+    again = json.loads(file.read_text())
+    # What is told of already stays as it is.
+    assert again["stage_0"] == told["stage_0"]
+    assert again["stage_1"] == {**told["stage_1"], "compile_seconds": 0.0, "train_seconds": 0.0, "resumed": True}
 
 
 def test_training_begins_with_given_parameters(tmp_path):
