@@ -28,7 +28,7 @@ from ring_rl.atomic_file import refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.lm.generate import GREEDY, Generator
-from ring_rl.lm.load_model import GGUFSource, HuggingFaceSource, LoadedModel, load_model
+from ring_rl.lm.load_model import GGUFSource, HuggingFaceSource, LoadedModel, load_model, smollm2_path
 from ring_rl.lm.pretrained.safetensors_out import save_pretrained
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.mesh import MeshConfig, make_mesh
@@ -59,6 +59,17 @@ class CheckConfig:
             raise ValueError(f"new_tokens must be at least 1, got {self.new_tokens}")
         if self.model.compute_dtype != "float32":
             raise ValueError(f"the check compares float32, got model.compute_dtype={self.model.compute_dtype}")
+
+
+def model_path(source: GGUFSource | HuggingFaceSource) -> Path:
+    """The file or folder that is compared."""
+    return smollm2_path() if source.path is None else source.path
+
+
+def result_name(path: Path) -> str:
+    """Of a model's result: a file's name without its ending, a folder's whole name (Llama-3.2-1B ends in no suffix)."""
+    path = path.absolute()
+    return path.stem if path.suffix == ".gguf" else path.name
 
 
 def in_transformers(path: Path) -> tuple[Any, Any]:
@@ -165,16 +176,16 @@ def differing_weights(loaded: LoadedModel, model: Any) -> list[str]:
 
 def check(config: CheckConfig) -> bool:
     """Compares, prints, writes; whether everything agrees."""
+    path = model_path(config.model)
+    file = config.output / OUTPUT.format(name=result_name(path))
+    if not config.overwrite:
+        refuse_existing(config.output, [file.name])
     parallel = SequenceParallel(mesh=make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=1)), layout="contiguous")
     started = time.perf_counter()
     loaded = load_model(config.model, parallel)
     loading = time.perf_counter() - started
     if loaded.tokenizer is None:
-        raise ValueError("the model came without a tokenizer; name one: model.tokenizer")
-    path = Path(loaded.origin["path"])
-    file = config.output / OUTPUT.format(name=path.stem)
-    if not config.overwrite:
-        refuse_existing(config.output, [file.name])
+        raise ValueError('the model came without a tokenizer; name one: "model.tokenizer={name: file, path: ...}"')
     config.output.mkdir(parents=True, exist_ok=True)
     model, their_tokenizer = in_transformers(path)
     ids = [loaded.tokenizer.encode(prompt) for prompt in config.prompts]

@@ -86,6 +86,19 @@ def test_what_cannot_be_compared_is_refused(override, message, config_of):
         config_of(override)
 
 
+def test_models_have_results_of_their_own_and_none_is_lost(load_script, config_of, tmp_path, monkeypatch):
+    script = load_script("check_pretrained")
+    for version in ("1B", "3B"):
+        assert script.result_name(tmp_path / f"Llama-3.2-{version}") == f"Llama-3.2-{version}"
+    assert f"{script.result_name(tmp_path / 'SmolLM2-135M-Instruct.Q4_1.gguf')}.json" == RESULT.rsplit("/", 1)[1]
+    # Refused before the model is read.
+    monkeypatch.setattr(script, "load_model", None)
+    (tmp_path / "Llama-3.2-1B.json").write_text("{}")
+    config = config_of("model=huggingface", f"model.path={tmp_path / 'Llama-3.2-1B'}", f"output={tmp_path}")
+    with pytest.raises(FileExistsError, match=r"Llama-3\.2-1B\.json already"):
+        script.check(config)
+
+
 def test_logits_that_differ_are_told_apart(load_script):
     theirs = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
     same = load_script("check_pretrained").compared(theirs, theirs)
