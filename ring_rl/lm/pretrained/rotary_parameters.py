@@ -45,6 +45,8 @@ def rotary_scaling(mapping: Mapping[str, Any], *, where: str) -> tuple[float, di
             f"{where} scales rotary positions by {kind!r}, which is not supported; supported are default, "
             f"{', '.join(_KEYS)}"
         )
+    # null is as good as absent.
+    saved = {key: value for key, value in saved.items() if value is not None}
     scaling = {ours: saved.get(theirs, default) for theirs, (ours, default) in _KEYS[kind].items()}
     lacking = [theirs for theirs, (ours, _) in _KEYS[kind].items() if scaling[ours] is ...]
     if lacking:
@@ -76,7 +78,7 @@ def _attention_factor(saved: Mapping[str, Any]) -> float | None:
     DeepSeek's variant gives it as the quotient of two such terms.
     """
     mscale, mscale_all_dim = saved.get("mscale"), saved.get("mscale_all_dim")
-    if saved.get("attention_factor") is not None or not (mscale and mscale_all_dim):
+    if "attention_factor" in saved or not (mscale and mscale_all_dim):
         return saved.get("attention_factor")
     grown = math.log(max(saved["factor"], 1.0))
     return (0.1 * mscale * grown + 1.0) / (0.1 * mscale_all_dim * grown + 1.0)

@@ -61,12 +61,15 @@ class SafetensorsFolder(TensorSource):
 
 
 def _promised(folder: Path) -> dict[str, str]:
-    """The file of every tensor, as far as an index says so; otherwise the one file there is, under no name."""
+    """The file of every tensor, as far as an index says so; otherwise the one file there is, under no name.
+
+    Where both are there, transformers reads the one file.
+    """
     index = folder / INDEX_FILE
-    if not index.exists():
-        if not (folder / SINGLE_FILE).exists():
-            raise FileNotFoundError(_nothing_to_read(folder))
+    if (folder / SINGLE_FILE).exists():
         return {"": SINGLE_FILE}
+    if not index.exists():
+        raise FileNotFoundError(_nothing_to_read(folder))
     try:
         promised = json.loads(index.read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:

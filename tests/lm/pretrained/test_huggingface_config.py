@@ -65,6 +65,16 @@ def test_yarn_of_two_scales_has_their_quotient(llama):
     assert scaling.original_positions == 64
 
 
+def test_yarn_keys_that_are_null_are_absent(llama):
+    given = {"rope_type": "yarn", "factor": 4.0}
+    nulls = dict.fromkeys(("beta_fast", "beta_slow", "attention_factor", "mscale", "original_max_position_embeddings"))
+    scaling = changed(llama, rope_scaling=given | nulls).transformer.rotary_scaling
+    assert scaling == changed(llama, rope_scaling=given).transformer.rotary_scaling
+    assert (scaling.beta_fast, scaling.beta_slow, scaling.original_positions) == (32.0, 1.0, 64)
+    with pytest.raises(ValueError, match="'yarn' lacks factor"):
+        changed(llama, rope_scaling=given | {"factor": None})
+
+
 factors = st.floats(1.0, 64.0)
 positions = st.integers(1, 10**6)
 scalings = st.one_of(

@@ -29,6 +29,17 @@ def test_shards_are_one_model(llama, copied):
     np.testing.assert_equal(llama.weights(llama.load(folder).model), llama.weights(llama.whole.model))
 
 
+def test_one_file_goes_before_shards_as_in_transformers(llama, copied):
+    folder = copied()
+    in_shards(folder)
+    others = {name: 2 * values for name, values in load_file(llama.folder / "model.safetensors").items()}
+    save_file(others, folder / "model.safetensors")
+    with SafetensorsFolder(folder) as source:
+        np.testing.assert_array_equal(
+            source.read("model.norm.weight", (slice(None),)), others["model.norm.weight"].astype(np.float32)
+        )
+
+
 def test_parts_are_read_in_float32(llama):
     whole = load_file(llama.folder / "model.safetensors")
     with SafetensorsFolder(llama.folder) as source:
