@@ -198,7 +198,7 @@ def evaluate_lm(config: EvaluateLMConfig) -> None:
     parallel = make_parallel(config.mesh, config.parallel)
     loaded = load_model(config.model, parallel)
     if loaded.tokenizer is None:
-        raise ValueError("the model came without a tokenizer; name one: model.tokenizer")
+        raise ValueError('the model came without a tokenizer; name one: "model.tokenizer={name: file, path: ...}"')
     warnings.simplefilter("always", UserWarning)
     if isinstance(config.suite, PerplexityConfig):
         figures = measure_perplexity(config, config.suite, loaded, loaded.tokenizer, parallel)

@@ -103,7 +103,7 @@ def generate_texts(config: GenerateConfig) -> None:
     loaded = load_model(config.model, parallel)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
-        raise ValueError("the model came without a tokenizer; name one: model.tokenizer")
+        raise ValueError('the model came without a tokenizer; name one: "model.tokenizer={name: file, path: ...}"')
     prompts = [tokens_of(text, tokenizer, config.template) for text in texts]
     # All of them now: the last one may not fail when the others have taken an hour.
     check_prompts(

@@ -32,6 +32,8 @@ _WHOLE_TOKENS_FIRST = ("llama-bpe", "llama3")
 # tokenizer.ggml.token_type: read from a text as one token although no merge leads there.
 _CONTROL, _USER_DEFINED = 3, 4
 
+_NAME_ANOTHER = '"model.tokenizer={name: file, path: ...}"'
+
 
 def tokenizer_from_gguf(path: Path) -> HuggingFaceTokenizer:
     """The tokenizer of a GGUF file, built anew in the `tokenizers` library.
@@ -48,13 +50,13 @@ def tokenizer_from_gguf(path: Path) -> HuggingFaceTokenizer:
     if kind != "gpt2":
         raise ValueError(
             f"{path} holds a tokenizer of the kind {kind!r}; only byte-level BPE ('gpt2') is read from GGUF files: "
-            "give the model's tokenizer.json or tokenizer.model instead (model.tokenizer={name: file, path: ...})"
+            f"give the model's tokenizer.json or tokenizer.model instead: {_NAME_ANOTHER}"
         )
     cut = fields.get("tokenizer.ggml.pre")
     if cut not in _CUTS:
         raise ValueError(
             f"{path} cuts its text as {cut!r}, which is not known here (known: {', '.join(_CUTS)}); "
-            "give the model's tokenizer.json instead (model.tokenizer={name: file, path: ...})"
+            f"give the model's tokenizer.json instead: {_NAME_ANOTHER}"
         )
     tokens: list[str] = fields.get("tokenizer.ggml.tokens") or []
     merges: list[str] = fields.get("tokenizer.ggml.merges") or []
