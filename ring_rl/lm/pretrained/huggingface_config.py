@@ -107,8 +107,14 @@ def config_json(config: LanguageModelConfig, *, dtype: str) -> dict[str, Any]:
     """The `config.json` of a model: transformers 4 reads the rotary keys at its top, 5 those in `rope_parameters`.
 
     Raises:
-        ValueError: The model does what a LLaMA of transformers does not; all of it is named.
+        ValueError: The model does what a LLaMA of transformers does not; all of it is named. Or it was not trained, and
+            there is no length that it could be said to read.
     """
+    if config.trained_positions < 1:
+        raise ValueError(
+            "a config.json says how many positions a model was trained for, and this one has trained_positions=0; "
+            "train it, or give it a configuration with that number"
+        )
     transformer = config.transformer
     unlike = {
         "feed_forward": (transformer.feed_forward, "swiglu"),

@@ -46,8 +46,8 @@ def save_pretrained(
         FileExistsError: The folder exists and holds something.
         FileNotFoundError: Its parent does not exist.
         ImportError: `safetensors` is not installed.
-        ValueError: A LLaMA of transformers could not be that model, the tokenizer is none that transformers has, or
-            other processes hold a part of the weights.
+        ValueError: A LLaMA of transformers could not be that model, the tokenizer is none that transformers has, a
+            weight is beyond what `dtype` holds, or other processes hold a part of the weights.
     """
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got {shard_bytes}; 5e9 is usual")
@@ -98,7 +98,7 @@ def _write_weights(
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _tensor(parameters[path], path, layer).astype(_TYPES[dtype]) for name, path, layer in names}
+        tensors = {name: _rounded(_tensor(parameters[path], path, layer), name, dtype) for name, path, layer in names}
         # transformers asks which framework wrote the file, and knows only its own three.
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)
@@ -136,6 +136,16 @@ def _tensor(array: Array, path: ParameterPath, layer: int) -> np.ndarray:
     values = jax.device_get(array[layer] if placement.stacked else array)
     # What is written is the memory itself, so a transposed view would not do.
     return np.ascontiguousarray(values.T if placement.transposed else values)
+
+
+def _rounded(values: np.ndarray, name: str, dtype: StoredType) -> np.ndarray:
+    largest = np.finfo(np.float16).max
+    if dtype == "float16" and (beyond := np.abs(values[np.isfinite(values)]).max(initial=0.0)) > largest:
+        raise ValueError(
+            f"{name} holds a weight of magnitude {beyond:g}, and float16 ends at {largest:g}; use dtype=bfloat16 or "
+            "float32"
+        )
+    return values.astype(_TYPES[dtype])
 
 
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:

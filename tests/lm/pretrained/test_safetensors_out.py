@@ -74,6 +74,23 @@ def test_a_crash_leaves_nothing_behind(llama, model, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_could_not_be_read_again_does_not_go_out(llama, model, tmp_path):
+    def written(model, dtype):
+        save_pretrained(model, tmp_path / "out", tokenizer=None, dtype=dtype, shard_bytes=PLENTY)
+
+    untrained = nnx.clone(model)
+    untrained.config = dataclasses.replace(model.config, trained_positions=0)
+    with pytest.raises(ValueError, match="has trained_positions=0; train it"):
+        written(untrained, "float32")
+    large = nnx.clone(model)
+    large.transformer.final_norm.scale[...] = large.transformer.final_norm.scale[...].at[3].set(-1e5)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds a weight of magnitude 100000, .* use dtype=bfl"):
+        written(large, "float16")
+    assert not list(tmp_path.iterdir())
+    written(large, "bfloat16")
+    assert llama.weights(llama.load(tmp_path / "out").model)["transformer.final_norm.scale"][3] == -99840.0
+
+
 def test_a_tokenizer_goes_along(llama, model, tmp_path):
     tokenizers = pytest.importorskip("tokenizers", reason="Hugging Face tokenizers need their library")
     from ring_rl.lm.tokenizer.huggingface import HuggingFaceTokenizer
