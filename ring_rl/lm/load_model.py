@@ -91,8 +91,13 @@ class GGUFSource:
 ModelSource = RunSource | HuggingFaceSource | GGUFSource
 
 
-def load_model(source: ModelSource, parallel: SequenceParallel) -> LoadedModel:
+def load_model(source: ModelSource, parallel: SequenceParallel, *, weights: bool = True) -> LoadedModel:
     """The model, its parameters on the mesh, and its tokenizer.
+
+    Args:
+        source: Where it is from.
+        parallel: The mesh.
+        weights: Whether the parameters are read; otherwise shapes stand in their place, and all else is checked.
 
     Raises:
         FileNotFoundError: There is nothing there, or a part of it is missing.
@@ -108,6 +113,7 @@ def load_model(source: ModelSource, parallel: SequenceParallel) -> LoadedModel:
                 compute_dtype=source.compute_dtype,
                 overrides=source.overrides,
                 tokenizer=source.tokenizer,
+                weights=weights,
             )
         case HuggingFaceSource():
             path = source.path
@@ -119,6 +125,7 @@ def load_model(source: ModelSource, parallel: SequenceParallel) -> LoadedModel:
         compute_dtype=source.compute_dtype,
         overrides=source.overrides,
         tokenizer=source.tokenizer,
+        weights=weights,
     )
 
 

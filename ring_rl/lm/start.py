@@ -47,7 +47,8 @@ class Start:
     Attributes:
         config: What it is built from; a new one's `trained_positions` is 0.
         tokenizer: Its own.
-        parameters: The parameters to begin with; None draws them at random.
+        parameters: Reads the parameters to begin with; None draws them at random. A dry run and a run that goes on from
+            a checkpoint of its own never call it, and nothing else holds what it returns.
     """
 
     config: LanguageModelConfig
@@ -80,7 +81,7 @@ def start_from(
             transformer=config.transformer,
         )
         return Start(model, tokenizer, None)
-    loaded = load_model(config, parallel)
+    loaded = load_model(config, parallel, weights=False)
     if loaded.tokenizer is None:
         raise ValueError(f"the model of model.name={config.name} came without a tokenizer; name one: model.tokenizer")
     if (needed := vocabulary_size(loaded.tokenizer)) > loaded.config.vocabulary_size:
@@ -88,4 +89,4 @@ def start_from(
             f"the data have {needed} ids, but the model embeds {loaded.config.vocabulary_size}; leave out the "
             f"modalities, or train a new model"
         )
-    return Start(loaded.config, loaded.tokenizer, lambda: nnx.state(loaded.model, nnx.Param))
+    return Start(loaded.config, loaded.tokenizer, lambda: nnx.state(load_model(config, parallel).model, nnx.Param))

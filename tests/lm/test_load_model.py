@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -106,6 +107,18 @@ def trained(tmp_path_factory):
             state = TrainState(jnp.int32(step), parameters, optax.sgd(0.1).init(parameters))
             checkpointer.save(state, metrics={"accuracy": 1.0 / step})
     return run_dir, config, models
+
+
+def test_without_its_weights_a_run_is_described(trained):
+    read = load_model(run_source(trained[0]), parallel(fsdp=2))
+    described = load_model(run_source(trained[0]), parallel(fsdp=2), weights=False)
+    assert (described.config, described.origin) == (read.config, read.origin)
+    shapes, arrays = (dict(nnx.to_flat_state(nnx.state(each.model, nnx.Param))) for each in (described, read))
+    assert shapes.keys() == arrays.keys()
+    for path, each in shapes.items():
+        shape, array = each.get_value(), arrays[path].get_value()
+        assert isinstance(shape, jax.ShapeDtypeStruct)
+        assert (shape.shape, shape.dtype, shape.sharding) == (array.shape, array.dtype, array.sharding)
 
 
 @pytest.mark.parametrize(("step", "expected"), [(None, 2), (1, 1), ("best", 1)])

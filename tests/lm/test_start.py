@@ -1,9 +1,12 @@
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
 
 from ring_rl.lm.load_model import LoadedModel, ModelOverrides, RunSource
-from ring_rl.lm.model import LanguageModelConfig
+from ring_rl.lm.model import LanguageModel, LanguageModelConfig
 from ring_rl.lm.start import NewModelConfig, start_from
 from ring_rl.lm.tokenizer.byte_tokenizer import ByteTokenizer
 from ring_rl.lm.tokenizer.load import ByteTokenizerConfig
@@ -72,7 +75,7 @@ def test_a_new_model_embeds_what_its_data_need(parallel):
 
 def test_a_model_without_a_tokenizer_or_with_too_few_ids_is_refused(parallel, monkeypatch, tmp_path):
     def loaded(tokenizer):
-        return lambda source, parallel: LoadedModel(None, CONFIG, tokenizer, {"path": str(tmp_path)})
+        return lambda source, parallel, weights: LoadedModel(None, CONFIG, tokenizer, {"path": str(tmp_path)})
 
     monkeypatch.setattr("ring_rl.lm.start.load_model", loaded(None))
     with pytest.raises(ValueError, match=r"came without a tokenizer; name one: model\.tokenizer"):
@@ -80,3 +83,19 @@ def test_a_model_without_a_tokenizer_or_with_too_few_ids_is_refused(parallel, mo
     monkeypatch.setattr("ring_rl.lm.start.load_model", loaded(ByteTokenizer()))
     with pytest.raises(ValueError, match="the data have 320 ids, but the model embeds 256"):
         start_from(run_source(tmp_path), parallel=parallel, vocabulary_size=lambda tokenizer: 320)
+
+
+def test_weights_are_read_when_training_begins_and_not_before(parallel, monkeypatch, tmp_path):
+    """A dry run and a run that goes on need none, and would hold them for nothing."""
+    read, model = [], LanguageModel(CONFIG, rngs=nnx.Rngs(0))
+
+    def loaded(source, parallel, *, weights=True):
+        read.append(weights)
+        return LoadedModel(model, CONFIG, ByteTokenizer(), {"path": str(tmp_path)})
+
+    monkeypatch.setattr("ring_rl.lm.start.load_model", loaded)
+    start = start_from(run_source(tmp_path), parallel=parallel, vocabulary_size=lambda tokenizer: 256)
+    assert read == [False]
+    assert start.parameters is not None
+    jax.tree.map(np.testing.assert_array_equal, start.parameters(), nnx.state(model, nnx.Param))
+    assert read == [False, True]

@@ -7,12 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from ring_rl.lm.model import LanguageModel, LanguageModelConfig
 from ring_rl.lm.pretrained.gguf_in import GGUFFile
 from ring_rl.lm.pretrained.huggingface_config import language_model_config
 from ring_rl.lm.pretrained.overrides import ModelOverrides
 from ring_rl.lm.pretrained.parameter_names import check_tensors, read_parameter
-from ring_rl.lm.pretrained.placed import parameter_shapes, placed_model
+from ring_rl.lm.pretrained.placed import abstract_model, parameter_shapes, placed_model
 from ring_rl.lm.pretrained.safetensors_in import SafetensorsFolder
 from ring_rl.lm.pretrained.tensor_source import TensorSource
 from ring_rl.lm.tokenizer.load import FileTokenizerConfig, TokenizerConfig, load_tokenizer
@@ -31,7 +33,7 @@ class LoadedModel:
     """A model that is ready to be trained on, asked or exported.
 
     Attributes:
-        model: Its parameters are float32, on the mesh it was loaded for.
+        model: Its parameters are float32, on the mesh it was loaded for; shapes only where no weights were asked for.
         config: What it was built from.
         tokenizer: Its own; None where it came with none.
         origin: Where it is from, plain JSON: the path, and what stands there about it.
@@ -50,6 +52,7 @@ def load_pretrained(
     compute_dtype: ComputeDtype,
     overrides: ModelOverrides,
     tokenizer: TokenizerConfig | None = None,
+    weights: bool = True,
 ) -> LoadedModel:
     """A model of LLaMA's architecture.
 
@@ -62,6 +65,7 @@ def load_pretrained(
         compute_dtype: Of activations and matrix products.
         overrides: What the files leave open, and what shall be different.
         tokenizer: Which to use instead of the model's own.
+        weights: Whether they are read; otherwise shapes stand in their place, and all else is checked.
 
     Raises:
         FileNotFoundError: There is nothing at `path`, or a part of it is missing.
@@ -75,7 +79,10 @@ def load_pretrained(
         check_tensors(source, parameter_shapes(config))
         chosen = _tokenizer(source, path, tokenizer)
         check_tokenizer(chosen, config, where=str(path), other_codes=False)
-        model = placed_model(config, parallel, partial(read_parameter, source))
+        if weights:
+            model = placed_model(config, parallel, partial(read_parameter, source))
+        else:
+            model = nnx.merge(*abstract_model(config, parallel))
     return LoadedModel(model, config, chosen, {"path": str(path)})
 
 

@@ -35,6 +35,7 @@ def load_run(
     compute_dtype: ComputeDtype | None,
     overrides: ModelOverrides,
     tokenizer: TokenizerConfig | None = None,
+    weights: bool = True,
 ) -> LoadedModel:
     """A language model as a run of `experiments/train_lm.py` saved it; every device reads the part that it holds.
 
@@ -45,6 +46,7 @@ def load_run(
         compute_dtype: Of activations and matrix products; None is as trained.
         overrides: What is computed otherwise than in training.
         tokenizer: Which to use instead of the one that the checkpoint holds.
+        weights: Whether they are read; otherwise shapes stand in their place, and all else is checked.
 
     Raises:
         FileNotFoundError: There is no such run or checkpoint.
@@ -63,7 +65,7 @@ def load_run(
         chosen = load_tokenizer(tokenizer)
     check_tokenizer(chosen, config, where=str(run_dir), other_codes=True)
     details = {key: value for key, value in metadata.extra.items() if key != "tokenizer"}
-    model = _restored(checkpoint, config, parallel)
+    model = _restored(checkpoint, config, parallel, weights=weights)
     return LoadedModel(model, config, chosen, {"path": str(run_dir), "step": metadata.step, **details})
 
 
@@ -83,7 +85,7 @@ def _checkpoint(run_dir: Path, step: int | Literal["best"] | None) -> Path:
     return folder / str(step)
 
 
-def _restored(checkpoint: Path, config: LanguageModelConfig, parallel: SequenceParallel):
+def _restored(checkpoint: Path, config: LanguageModelConfig, parallel: SequenceParallel, *, weights: bool):
     graphdef, abstract = abstract_model(config, parallel)
     wanted = named_arrays(abstract)
     with opened_reader(checkpoint) as reader:
@@ -92,6 +94,8 @@ def _restored(checkpoint: Path, config: LanguageModelConfig, parallel: SequenceP
     if differences:
         shown = "; ".join(differences[:4]) + ("; ..." if len(differences) > 4 else "")
         raise ValueError(f"{len(differences)} arrays of the checkpoint {checkpoint} do not fit its own model: {shown}")
+    if not weights:
+        return nnx.merge(graphdef, abstract)
     restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
     with opened_reader(checkpoint) as reader:
         arrays = reader.restore(checkpoint, args=ocp.args.Composite(parameters=restore))["parameters"]

@@ -51,6 +51,13 @@ def test_a_part_is_read_once_for_all_devices_that_hold_it(sizes, llama, monkeypa
     assert query.addressable_shards[0].data.size == query.size // split
 
 
+def test_weights_that_are_not_asked_for_are_not_read(llama, monkeypatch):
+    monkeypatch.delattr(SafetensorsFolder, "read")
+    described = llama.load(llama.folder, weights=False)
+    assert described.config == llama.whole.config
+    assert described.tokenizer is not None or llama.whole.tokenizer is None
+
+
 def test_the_ring_may_share_the_weights(llama):
     around = llama.parallel(sp=4, weight_axes=("fsdp", "sp"))
     model = llama.load(llama.folder, around).model
