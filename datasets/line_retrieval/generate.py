@@ -20,6 +20,7 @@ from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.lm.key_words import WordList, key_words
 from ring_rl.lm.tasks.line_retrieval import IndexKind, draw_lines
+from ring_rl.lm.tasks.sample import Sample
 from ring_rl.lm.tasks.sample_files import check_new, longeval_testcase, write_json_lines
 
 
@@ -47,15 +48,16 @@ def generate(config: GenerateConfig) -> None:
     names = {lines: f"{lines}_lines.jsonl" for lines in config.lines}
     check_new(config.output, list(names.values()))
     words = key_words(config.words)
+
+    def drawn(lines: int, index: int) -> Sample:
+        generator = np.random.default_rng([config.seed, lines, index])
+        return draw_lines(generator, lines=lines, index_kind=config.index_kind, words=words, answer_start="none")
+
+    # More lines than names are known before anything is written.
+    drawn(max(config.lines), 0)
     for lines, name in names.items():
         samples = (
-            draw_lines(
-                np.random.default_rng([config.seed, lines, index]),
-                lines=lines,
-                index_kind=config.index_kind,
-                words=words,
-                answer_start="none",
-            )
+            drawn(lines, index)
             for index in track(range(config.samples), f"{lines} lines", transient=True, console=console)
         )
         count = write_json_lines(config.output / name, map(longeval_testcase, samples))

@@ -48,6 +48,16 @@ class GenerateConfig:
             raise ValueError("lengths and depths name at least one each, and samples is at least 1")
         if self.needles > 1 and self.style != "lwm":
             raise ValueError(f"several needles are LWM's: set style=lwm, got style={self.style}")
+        if self.needles > 1 and self.distractors:
+            raise ValueError(
+                f"distractors={self.distractors} go with one needle: set distractors=0, or retrieve fewer needles than "
+                "are hidden"
+            )
+        if not 1 <= self.retrieved <= self.needles:
+            raise ValueError(
+                f"between one and all of the needles are retrieved, got retrieved={self.retrieved} of "
+                f"needles={self.needles}"
+            )
 
 
 def generate(config: GenerateConfig) -> None:
@@ -57,6 +67,9 @@ def generate(config: GenerateConfig) -> None:
     check_new(config.output, list(names.values()))
     text = python_reference() if config.haystack is None else read_haystack(config.haystack)
     haystack = Haystack(text, load_tokenizer(config.tokenizer))
+    # What cannot be drawn, such as a length that is too short, is known before anything is written.
+    for depth in config.depths if config.needles == 1 else (None,):
+        _sample(config, haystack, min(config.lengths), depth, np.random.default_rng(config.seed))
     for length, name in names.items():
         cells = [
             (cell, depth, index)

@@ -1,6 +1,6 @@
 """Writes six of RULER's tasks as its own files are: `<length>/<task>/validation.jsonl`, one JSON object a line.
 
-    python datasets/ruler/generate.py lengths=[4096,8192] output=datasets/ruler/data
+    python datasets/ruler/generate.py lengths=[16384,32768] output=datasets/ruler/data
 
 Settings: conf/generate_ruler.yaml.
 """

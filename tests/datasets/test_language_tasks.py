@@ -96,6 +96,33 @@ def test_lengths_that_are_too_short_are_known_before_anything_is_written(call, t
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
+        ("line_retrieval", ["words=small", "lines=[2,20000]"], "these words name 16384 lines, got 20000"),
+        ("needle", ["lengths=[1500,200]"], "tokens hold no text besides 1 needles"),
+        ("needle", ["lengths=[1500]", "depths=[0.0,1.5]"], "depth must lie in [0, 1], got 1.5"),
+    ],
+)
+def test_what_only_the_last_file_lacks_is_known_before_the_first_is_written(call, tmp_path, task, options, message):
+    status, _, err = call(task, "samples=1", f"output={tmp_path}", *options)
+    assert status == 1
+    assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["conf/generate_ruler.yaml", "datasets/ruler/generate.py"])
+def test_the_command_that_is_given_for_ruler_fits_all_tasks(call, tmp_path, folder):
+    pytest.importorskip("wonderwords", reason="brings RULER's words")
+    (lengths,) = re.findall(r"generate\.py (lengths=\S+) output=", (REPOSITORY / folder).read_text())
+    smallest = lengths.partition(",")[0] + "]"
+    status, _, err = call("ruler", smallest, "samples=1", f"output={tmp_path}")
+    assert status == 0, err
+    assert len(list(tmp_path.rglob("validation.jsonl"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("needle", ["needles=4", "style=lwm", "distractors=3"], "distractors=3 go with one needle"),
+        ("needle", ["retrieved=2"], "got retrieved=2 of needles=1"),
         ("needle", ["needles=2"], "several needles are LWM's: set style=lwm"),
         ("needle", ["lengths=[]"], "name at least one each"),
         ("ruler", ["samples=0"], "samples is at least 1"),
