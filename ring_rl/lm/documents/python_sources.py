@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ring_rl.lm.documents.document import Document, TextSpan, digest
+from ring_rl.lm.documents.files import fingerprint_of_files
 
 __all__ = ["PythonSources", "PythonSourcesConfig"]
 
@@ -47,6 +48,7 @@ class PythonSources:
 
     def __init__(self, config: PythonSourcesConfig):
         self._root = Path(sysconfig.get_paths()["stdlib"]) if config.root is None else config.root
+        self._own = config.root is not None
         if not self._root.is_dir():
             raise FileNotFoundError(f"documents.source.root={self._root} is not there; name a folder with Python files")
         files: dict[str, list[tuple[str, Path]]] = defaultdict(list)
@@ -80,8 +82,14 @@ class PythonSources:
 
     @property
     def fingerprint(self) -> str:
-        """Of names and sizes: the same for the same version of Python wherever it is installed."""
-        return digest(*(f"{below} {path.stat().st_size}" for name in self._names for below, path in self._files[name]))
+        """Of names and sizes: the same for the same version of Python wherever it is installed.
+
+        Of one's own folder, which may be worked on, of times of change, too.
+        """
+        files = [each for name in self._names for each in self._files[name]]
+        if self._own:
+            return fingerprint_of_files([path for _, path in files], self._root)
+        return digest(*(f"{below} {path.stat().st_size}" for below, path in files))
 
 
 def _source(path: Path) -> str | None:

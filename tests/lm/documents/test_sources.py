@@ -1,6 +1,7 @@
 """Text, JSON lines, Parquet and Python sources: what is read, in which order, and what is refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -254,6 +255,16 @@ def test_python_modules_are_joined_by_package(tmp_path):
     assert len(python_sources(tmp_path, exclude=("letters",))) == 1
     with pytest.raises(FileNotFoundError, match="no Python package of 1000 bytes"):
         python_sources(tmp_path, minimum_bytes=1000)
+
+
+def test_sources_that_changed_and_are_as_long_have_another_fingerprint(tmp_path):
+    file = tmp_path / "one.py"
+    file.write_text("x = 1\n")
+    before = python_sources(tmp_path).fingerprint
+    assert python_sources(tmp_path).fingerprint == before
+    file.write_text("x = 2\n")
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+    assert python_sources(tmp_path).fingerprint != before
 
 
 def test_the_standard_library_has_documents_beyond_100_000_characters():
