@@ -11,8 +11,7 @@ from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.lm.stages import StageConfig, make_stages
 from ring_rl.lm.start import StartConfig, start_from
 from ring_rl.lm.training_data import TrainingDataConfig, open_training_data, vocabulary_size
-from ring_rl.lm.training_task import LossConfig
-from ring_rl.nn.transformer_config import MEMORY_CHOICES
+from ring_rl.lm.training_task import LANGUAGE_MAY_DIFFER, LossConfig
 from ring_rl.training.distributed import DistributedConfig, is_main_process, joined
 from ring_rl.training.input import InputConfig
 from ring_rl.training.loop import LoopIntervals
@@ -22,12 +21,6 @@ from ring_rl.training.optimizer import OptimizerConfig
 from ring_rl.training.parallel_config import ParallelConfig, make_parallel
 from ring_rl.training.run import MAY_DIFFER
 from ring_rl.training.staged_run import StagedRunConfig, run_stages
-
-# In what memory the same is computed.
-LM_MAY_DIFFER = (
-    "loss.chunks",
-    *(f"model.{part}.{choice}" for part in ("transformer", "overrides") for choice in MEMORY_CHOICES),
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +86,7 @@ def train_lm(config: TrainLmConfig, resolved: dict) -> None:
         resolved=resolved,
         may_differ=(
             *MAY_DIFFER,
-            *LM_MAY_DIFFER,
+            *LANGUAGE_MAY_DIFFER,
             *(f"stages.{name}.accumulation_steps" for name in config.stages),
         ),
         headline=f"{config.label}: {describe_mesh(parallel.mesh)}, {config.parallel.layout} layout",

@@ -15,7 +15,14 @@ from ring_rl.nn.transformer_config import MEMORY_CHOICES
 from ring_rl.training.input import RowSource
 from ring_rl.training.task import TrainingTask
 
-__all__ = ["LossConfig", "make_language_task"]
+__all__ = ["LANGUAGE_MAY_DIFFER", "LossConfig", "make_language_task"]
+
+# Dotted paths of the entry point's configuration that may change besides `MAY_DIFFER` when a run goes on: in what
+# memory the same is computed.
+LANGUAGE_MAY_DIFFER = (
+    "loss.chunks",
+    *(f"model.{part}.{choice}" for part in ("transformer", "overrides") for choice in MEMORY_CHOICES),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

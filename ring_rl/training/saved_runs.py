@@ -12,7 +12,7 @@ import yaml
 from ring_rl.training.metrics import read_metrics
 from ring_rl.training.provenance import read_starts
 
-__all__ = ["Goal", "SavedRun", "find_runs", "read_run"]
+__all__ = ["Goal", "SavedRun", "dotted", "find_runs", "read_run"]
 
 Goal = Literal["minimize", "maximize"]
 
@@ -75,6 +75,15 @@ def find_runs(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
     return sorted(found.values())
 
 
+def dotted(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """A nested mapping as a flat one, keys dotted; empty mappings stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{path}.{key}" if path else str(key)
+        flat |= dotted(value, name) if isinstance(value, Mapping) and value else {name: value}
+    return flat
+
+
 def read_run(path: pathlib.Path, *, steps_key: str, goals: Mapping[str, Goal]) -> SavedRun:
     """A run folder's content; whatever is wrong with it becomes its `problem`.
 
@@ -85,7 +94,7 @@ def read_run(path: pathlib.Path, *, steps_key: str, goals: Mapping[str, Goal]) -
     """
     starts = read_starts(path)
     try:
-        config = _flat(_read_config(path / _CONFIG))
+        config = dotted(_read_config(path / _CONFIG))
         records = read_metrics(path / _METRICS)
     except (ValueError, OSError) as error:
         return SavedRun(path, {}, (), str(error), starts)
@@ -134,11 +143,3 @@ def _problem(run: SavedRun, steps_key: str, goals: Mapping[str, Goal]) -> str | 
         if next(record[metric] for record in reversed(run.records) if metric in record) is None:
             return f"{metric} is not finite at its end"
     return None
-
-
-def _flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        dotted = f"{path}.{key}" if path else str(key)
-        flat |= _flat(value, dotted) if isinstance(value, Mapping) and value else {dotted: value}
-    return flat

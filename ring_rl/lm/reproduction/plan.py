@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from ring_rl.lm.evaluation.cells import Mode, SampleRecord
 from ring_rl.lm.evaluation.sample_log import read_samples
+from ring_rl.lm.training_task import LANGUAGE_MAY_DIFFER
+from ring_rl.training import preset_settings
+from ring_rl.training.run import MAY_DIFFER
+from ring_rl.training.saved_runs import dotted
 
 __all__ = ["Cell", "Claim", "Measurement", "PresetConfig", "Variant"]
 
@@ -183,26 +186,17 @@ class Cell:
         return read_samples(self.evaluation, record_type=SampleRecord, key=lambda record: record.key)
 
     def differing_settings(self, preset: PresetConfig) -> list[str]:
-        """One line a setting that the preset names and in which the run on disk differs; empty where there is no run.
+        """One line a setting in which the run on disk differs from the preset; empty where there is no run.
 
-        A choice of a whole file (`model=new_plain`) stands for values that it does not name.
+        Compared are the values that the preset names, and seed and label.
         """
         saved = self.config()
         if saved is None:
             return []
-        wanted = {"seed": self.seed, "label": preset.variants[self.variant].label}
-        overrides = [*preset.train, *preset.variants[self.variant].train]
-        for override in OverridesParser.create().parse_overrides(overrides):
-            if override.package is None and "." in override.key_or_group:
-                wanted[override.key_or_group] = override.value()
-        return [
-            f"{key}: saved {found}, wanted {value}"
-            for key, value in wanted.items()
-            if (found := _at(saved, key.split("."))) != value
-        ]
-
-
-def _at(mapping: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        mapping = mapping.get(key) if isinstance(mapping, Mapping) else None
-    return mapping
+        variant = preset.variants[self.variant]
+        return preset_settings.differing_settings(
+            dotted(saved),
+            [*preset.train, *variant.train],
+            {"seed": self.seed, "label": variant.label},
+            may_differ=(*MAY_DIFFER, *LANGUAGE_MAY_DIFFER),
+        )

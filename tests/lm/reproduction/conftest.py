@@ -13,7 +13,7 @@ LENGTHS = (Measurement(tokens=1024, samples=4), Measurement(tokens=2048, samples
 
 
 def variant(label):
-    return Variant(label=label, train=("loss.chunks=2",), evaluate=(), lengths=LENGTHS, expected_seconds=1.0)
+    return Variant(label=label, train=("loss.z_loss=0.0",), evaluate=(), lengths=LENGTHS, expected_seconds=1.0)
 
 
 @pytest.fixture
@@ -50,7 +50,9 @@ def cells(preset, tmp_path):
     for cell in made:
         cell.run_dir.mkdir(parents=True)
         config = {"seed": cell.seed, "label": preset.variants[cell.variant].label, "stages": {"a": {}, "b": {}}}
-        (cell.run_dir / "config.yaml").write_text(yaml.safe_dump({**config, "loss": {"chunks": 2}}))
+        (cell.run_dir / "config.yaml").write_text(
+            yaml.safe_dump({**config, "loss": {"chunks": 2, "z_loss": 0.0}, "mesh": {"sp": 1}})
+        )
         stage = {"last_step": 10, "tokens": 100, "advanced": True, "compile_seconds": 30.0, "train_seconds": 15.0}
         stages = {name: {**stage, "resumed": False} for name in ("a", "b")}
         (cell.run_dir / "stages.json").write_text(json.dumps(stages))
