@@ -59,10 +59,7 @@ def placed_model(config: LanguageModelConfig, parallel: SequenceParallel, read: 
     """
     graphdef, abstract = abstract_model(config, parallel)
     flat = [(path, parameter, parameter.get_value()) for path, parameter in nnx.to_flat_state(abstract)]
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    visible = is_main_process() and console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not visible) as progress:
+    with transfer_progress() as progress:
         bar = progress.add_task("loading weights", total=sum(4 * array.size for _, _, array in flat))
         loaded = []
         for path, parameter, array in flat:
@@ -70,6 +67,14 @@ def placed_model(config: LanguageModelConfig, parallel: SequenceParallel, read: 
             loaded.append((path, parameter.replace(_on_devices(array.shape, array.sharding, read_part))))
             progress.advance(bar, 4 * array.size)
     return nnx.merge(graphdef, nnx.from_flat_state(loaded))
+
+
+def transfer_progress() -> Progress:
+    """A bar of bytes with the time left, on the terminal of the main process."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    visible = is_main_process() and console.is_terminal
+    return Progress(*columns, console=console, transient=True, disable=not visible)
 
 
 def _on_devices(

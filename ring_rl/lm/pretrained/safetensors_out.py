@@ -17,6 +17,7 @@ from flax import nnx
 from ring_rl.lm.model import LanguageModel
 from ring_rl.lm.pretrained.huggingface_config import config_json
 from ring_rl.lm.pretrained.parameter_names import PLACEMENTS, ParameterPath
+from ring_rl.lm.pretrained.placed import transfer_progress
 from ring_rl.lm.pretrained.safetensors_in import INDEX_FILE, SINGLE_FILE, import_safetensors
 from ring_rl.lm.tokenizer.protocol import Tokenizer
 from ring_rl.typing import Array
@@ -96,15 +97,20 @@ def _write_weights(
     save_file = import_safetensors().numpy.save_file
     shards = list(_shards(parameters, itemsize=np.dtype(_TYPES[dtype]).itemsize, shard_bytes=shard_bytes))
     places: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: _rounded(_tensor(parameters[path], path, layer), name, dtype) for name, path, layer in names}
-        # transformers asks which framework wrote the file, and knows only its own three.
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)
-        places |= dict.fromkeys(tensors, file)
+    total = sum(array.size for array in parameters.values()) * np.dtype(_TYPES[dtype]).itemsize
+    with transfer_progress() as progress:
+        bar = progress.add_task("writing weights", total=total)
+        for number, names in enumerate(shards, start=1):
+            file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            tensors = {}
+            for name, path, layer in names:
+                tensors[name] = _rounded(_tensor(parameters[path], path, layer), name, dtype)
+                progress.advance(bar, tensors[name].nbytes)
+            # transformers asks which framework wrote the file, and knows only its own three.
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(0o644)
+            places |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        total = sum(array.size for array in parameters.values()) * np.dtype(_TYPES[dtype]).itemsize
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX_FILE).write_bytes(_as_json(index))
 

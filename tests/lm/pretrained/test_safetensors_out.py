@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from ring_rl.lm.model import LanguageModel
+from ring_rl.lm.pretrained.placed import transfer_progress
 from ring_rl.lm.pretrained.safetensors_out import save_pretrained
 from ring_rl.lm.tokenizer.byte_tokenizer import ByteTokenizer
 from ring_rl.nn.rotary_scaling import YarnScaling
@@ -89,6 +91,14 @@ def test_what_could_not_be_read_again_does_not_go_out(llama, model, tmp_path):
     assert not list(tmp_path.iterdir())
     written(large, "bfloat16")
     assert llama.weights(llama.load(tmp_path / "out").model)["transformer.final_norm.scale"][3] == -99840.0
+
+
+def test_the_bar_ends_where_the_weights_do(model, tmp_path, monkeypatch):
+    with transfer_progress() as progress:
+        monkeypatch.setattr("ring_rl.lm.pretrained.safetensors_out.transfer_progress", lambda: progress)
+        save_pretrained(model, tmp_path / "out", tokenizer=None, dtype="bfloat16", shard_bytes=60_000)
+        (bar,) = progress.tasks
+    assert bar.completed == bar.total == 2 * sum(each.size for each in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def test_a_tokenizer_goes_along(llama, model, tmp_path):
