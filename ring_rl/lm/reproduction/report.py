@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from ring_rl.atomic_file import write_whole
 from ring_rl.config import to_mapping
-from ring_rl.lm.evaluation.cells import MODE_NAMES
+from ring_rl.lm.evaluation.cells import MODE_NAMES, SampleRecord
 from ring_rl.lm.evaluation.intervals import Proportion, wilson
 from ring_rl.lm.evaluation.plots import length_label, log2_lengths
 from ring_rl.lm.evaluation.report import PublishedCurves
@@ -33,7 +33,8 @@ class Point:
 
     Attributes:
         by_seed: A share a training seed.
-        pooled: Of the answers of all seeds together.
+        pooled: Of the questions, each answered by all seeds: a trial is a question, for which their mean score counts,
+            because seeds are asked the same ones. How seeds differ is not in its interval.
         tokens: Mean tokens of a prompt.
         lines: Mean lines of a record.
         chance: Of naming any line's value.
@@ -81,12 +82,20 @@ def read_points(preset: PresetConfig, cells: Sequence[Cell]) -> dict[str, dict[i
             together = [record for records in asked.values() for record in records]
             points.setdefault(name, {})[each.tokens] = Point(
                 by_seed={seed: wilson(sum(r.score for r in records), len(records)) for seed, records in asked.items()},
-                pooled=wilson(sum(record.score for record in together), len(together)),
+                pooled=_by_question(together),
                 tokens=float(np.mean([record.tokens for record in together])),
                 lines=float(np.mean([record.items or 0 for record in together])),
                 chance=float(np.mean([record.chance for record in together])),
             )
     return points
+
+
+def _by_question(records: Sequence[SampleRecord]) -> Proportion:
+    scores: dict[int, list[float]] = {}
+    for record in records:
+        scores.setdefault(record.index, []).append(record.score)
+    # Rounding may carry a sum of means past their number.
+    return wilson(min(sum(float(np.mean(each)) for each in scores.values()), len(scores)), len(scores))
 
 
 def write_figure_report(
@@ -202,7 +211,7 @@ def _plot(
     published: PublishedCurves,
     path: Path,
 ) -> None:
-    """A curve a variant: the mean over seeds, a band from worst to best, Wilson bars of all answers together."""
+    """A curve a variant: the mean over seeds, a band from worst to best, Wilson bars over the questions."""
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for number, (name, by_length) in enumerate(points.items()):
@@ -234,7 +243,11 @@ def _plot(
     log2_lengths(axes, [2.0 ** round(np.log2(length)) for length in lengths], label="tokens of the prompt")
     axes.set_ylim(-0.03, 1.03)
     axes.set_ylabel("line retrieval accuracy")
-    axes.set_title(f"{preset.hardware}, {MODE_NAMES[preset.mode]}\nin grey: {published.source}", fontsize="small")
+    axes.set_title(
+        f"{preset.hardware}, {MODE_NAMES[preset.mode]}; bars: 95 % over the questions, bands: worst to best seed\n"
+        f"in grey: {published.source}",
+        fontsize="small",
+    )
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     write_figure(figure, path)
