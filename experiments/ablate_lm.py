@@ -109,7 +109,9 @@ def result(ablation: str, seed: int, run_dir: Path) -> dict[str, Any] | None:
     for name, stage in stages.items():
         row[f"steps_{name}"] = stage["last_step"] - stage["first_step"]
         row[f"advanced_{name}"] = stage["advanced"]
-    row["seconds"] = round(sum(each["compile_seconds"] + each["train_seconds"] for each in stages.values()), 1)
+    # Of a run that was interrupted, nobody timed the first part.
+    if not any(each["resumed"] for each in stages.values()):
+        row["seconds"] = round(sum(each["compile_seconds"] + each["train_seconds"] for each in stages.values()), 1)
     row["training_answer_accuracy"] = round(read_metrics(run_dir / "metrics.jsonl")[-1]["answer_accuracy"], 4)
     for score in summary["scores"]:
         for part in ("value", "low", "high", "count"):
