@@ -1,8 +1,10 @@
 """Whether a model would have said the answer: one pass over prompt and answer, on the ring, without a cache.
 
 A token of the answer counts as found if it is the most likely one after everything before it. Where all of an answer's
-tokens are, greedy decoding would have written exactly this answer: up to the first wrong token both see the same text.
-What greedy decoding would say after a wrong one is not asked; so this is no measure of an answer in other words.
+tokens are, greedy decoding from the answer's beginning on would have written them: up to the first wrong token both see
+the same text. Not asked is what greedy decoding would say after a wrong one or behind the answer (a longer number, for
+one), nor whether it would have come to the answer's beginning, where words stand between it and the prompt; so this is
+no measure of an answer in other words.
 """
 
 from __future__ import annotations
