@@ -78,7 +78,7 @@ def test_a_model_without_a_tokenizer_or_with_too_few_ids_is_refused(parallel, mo
         return lambda source, parallel, weights: LoadedModel(None, CONFIG, tokenizer, {"path": str(tmp_path)})
 
     monkeypatch.setattr("ring_rl.lm.start.load_model", loaded(None))
-    with pytest.raises(ValueError, match=r"came without a tokenizer; name one: model\.tokenizer"):
+    with pytest.raises(ValueError, match=r"came without a tokenizer; name one: .model\.tokenizer=.name: file, path"):
         start_from(run_source(tmp_path), parallel=parallel, vocabulary_size=lambda tokenizer: 256)
     monkeypatch.setattr("ring_rl.lm.start.load_model", loaded(ByteTokenizer()))
     with pytest.raises(ValueError, match="the data have 320 ids, but the model embeds 256"):
