@@ -22,6 +22,8 @@ _LINE = re.compile(r"^line (.+): REGISTER_CONTENT is <(\d+)>$", re.MULTILINE)
 # Records differ in tokens by their words and digits; rows have this much more room than those that were measured.
 _MARGIN = 1.02
 _MEASURED = 4
+# Times that a record is drawn anew that is longer than its row all the same.
+_REDRAWN = 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,13 +155,16 @@ class LongEvalRows:
             octaves = generator.uniform(math.log(self._config.fewest_lines), math.log(self._lines))
             lines = queries = min(round(math.exp(octaves)), self._lines)
         ids, answer_ids, ends = self.ids(index, lines=lines, queries=queries)
-        length = len(ids) if self._length is None else self._length
+        length, drawn = len(ids) if self._length is None else self._length, 0
+        while ends[0] > length:
+            if drawn == _REDRAWN:
+                raise ValueError(
+                    f"a record of {lines} lines and one question take {ends[0]} tokens, the row has {length}; give the "
+                    f"stage fewer lines or a longer length"
+                )
+            drawn += 1
+            ids, answer_ids, ends = self.ids(index, lines=lines, queries=queries, drawn=drawn)
         fitting = [end for end in ends if end <= length]
-        if not fitting:
-            raise ValueError(
-                f"a record of {lines} lines and one question take {ends[0]} tokens, the row has {length}; give the "
-                f"stage fewer lines or a longer length"
-            )
         used = fitting[-1]
         tokens, targets, answers = np.zeros(length, np.int32), *(np.full(length, -1, np.int32) for _ in range(2))
         tokens[:used] = ids[:used]
@@ -176,9 +181,12 @@ class LongEvalRows:
         )
         return weighted(row, self._config.loss_on)
 
-    def ids(self, index: int, *, lines: int, queries: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Ids of a record and its questions, which answer each is part of, and where each answer ends."""
-        generator = np.random.default_rng([*self._seed, index])
+    def ids(self, index: int, *, lines: int, queries: int, drawn: int = 0) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Ids of a record and its questions, which answer each is part of, and where each answer ends.
+
+        The record of `drawn` = 0 is the row's; the further ones are for where that is too long.
+        """
+        generator = np.random.default_rng([*self._seed, index, *([2, drawn] if drawn else [])])
         sample = draw_lines(
             generator,
             lines=lines,

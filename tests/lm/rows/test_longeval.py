@@ -81,6 +81,21 @@ def test_short_rows_hold_fewer_lines_and_questions_about_all_of_them():
         assert 1 <= rows.row(index).answer_ids.max() + 1 <= lines
 
 
+def test_a_record_of_long_words_is_drawn_anew():
+    """One in a hundred of such rows is longer than those that were measured; training would end there for good."""
+    source = data(queries=1)
+    roomy = source.rows(length=3000, lines=8, short_share=0.0, seed=(0,))
+    ends = [roomy.ids(index, lines=8, queries=1)[2][0] for index in range(99)]
+    length = sorted(ends)[90]
+    tight = source.rows(length=length, lines=8, short_share=0.0, seed=(0,))
+    too_long = [index for index, end in enumerate(ends) if end > length]
+    assert too_long
+    for index in too_long:
+        row = tight.row(index)
+        assert row.answer_ids.max() == 0
+        np.testing.assert_array_equal(row.tokens, tight.row(index).tokens)
+
+
 def test_too_small_rows_are_refused():
     with pytest.raises(ValueError, match=r"a record of 50 lines and one question take .* tokens, the row has 600"):
         data().rows(length=600, lines=50, short_share=0.0, seed=(0,))
