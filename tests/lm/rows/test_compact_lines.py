@@ -92,7 +92,7 @@ def test_the_loss_may_be_everywhere():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"of the model's tokenizer; set model\.tokenizer="):
+    with pytest.raises(ValueError, match=r"of the model's tokenizer; set tokenizer@model\.tokenizer=compact_lines"):
         CompactLinesData(
             CompactLinesConfig(name="compact_lines", words="small", queries=1, fewest_lines=1, loss_on="answers"),
             ByteTokenizer(),
