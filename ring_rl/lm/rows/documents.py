@@ -54,8 +54,6 @@ class DocumentsData:
                 f"documents are as long as they are, got short_share={short_share}; set it to 0, and mix in another "
                 f"set of documents for shorter ones (training_data.name=mixture)"
             )
-        # A seed sequence of several numbers becomes the one that packing takes.
-        mixed = sum(number * 1_000_003**place for place, number in enumerate(reversed(seed)))
         return packed_documents(
-            self._config.documents, self._tokenizer, row_length=length, seed=mixed, progress=self._progress
+            self._config.documents, self._tokenizer, row_length=length, seed=seed, progress=self._progress
         )
