@@ -4,6 +4,7 @@ conf/check_resume.yaml documents every key. The last line is `kills=10 during_sa
 """
 
 import dataclasses
+import os
 import random
 import signal
 import subprocess
@@ -110,8 +111,7 @@ def kill_and_resume(
                 _wait_until(lambda at_step=at_step: _last_step(run) >= at_step, process)
                 hard += number == signal.SIGKILL
                 if number == signal.SIGKILL and hard % 2 == 0:
-                    _wait_until(lambda: _half_written(run), process)
-                    time.sleep(generator.uniform(0, 0.01))
+                    _stop_while_it_saves(run, process, seconds=generator.uniform(0, 0.01))
                 else:
                     time.sleep(generator.uniform(0, 0.05))
                 process.send_signal(number)
@@ -140,6 +140,21 @@ def _wait_until(ready: Callable[[], bool], process: subprocess.Popen) -> None:
         if time.monotonic() > deadline:
             raise ValueError(f"the run made no step for {PATIENCE_SECONDS} s; see whether it runs by itself")
         time.sleep(_POLL_SECONDS)
+
+
+def _stop_while_it_saves(run: Path, process: subprocess.Popen, *, seconds: float) -> None:
+    """Freeze the process some time into a save: without that the checkpoint may be whole before a kill arrives."""
+    while True:
+        _wait_until(lambda: _half_written(run), process)
+        if process.poll() is not None:
+            return
+        time.sleep(seconds)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if _half_written(run):
+            return
+        process.send_signal(signal.SIGCONT)
+        seconds = 0.0
 
 
 def _records(run: Path) -> list[dict]:

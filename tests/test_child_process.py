@@ -24,7 +24,9 @@ def test_a_command_that_is_interrupted_may_save_what_it_has(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys; from ring_rl.child_process import run_to_its_end; run_to_its_end(sys.argv[1:])",
+            # A shell that puts the tests into the background leaves Ctrl-C ignored.
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+            "from ring_rl.child_process import run_to_its_end; run_to_its_end(sys.argv[1:])",
             *(sys.executable, "-c", command),
         ],
         stderr=subprocess.PIPE,

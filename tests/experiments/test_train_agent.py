@@ -196,7 +196,7 @@ def test_a_misspelt_key_or_choice_is_refused_in_one_line(tmp_path, override, com
         ("data.algorithm=rnd", "no data set at"),
         ("agent.chain.trajectories=13", "the data set has 12"),
         ("data.action_repeat=5", "use action_repeat=1 or collect with action_hold=5"),
-        ("agent.transformer.head_dim=7", "head_dim=7 must be even"),
+        ("agent.transformer.head_dim=7", "must be even, for rotary positions"),
         ("agent.transformer.feed_forward_chunks=7", "cannot be cut into 7 feed-forward chunks"),
         ("loop.evaluate_every=2", "set loop.evaluate_every=null"),
         ("batch.batch_size=0", "batch.batch_size must be at least 1, got 0"),
