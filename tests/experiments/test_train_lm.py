@@ -177,7 +177,7 @@ def test_documents_are_learned(train_lm, tmp_path):
     [
         (["stages.lines_112.batch_size=3", "mesh.fsdp=2", "mesh.sp=1"], "stages.lines_112: batch of 3"),
         (["model.tokenizer.name=bytes", "~model.tokenizer.words"], "in its own words, not in those"),
-        (["training_data.words=wonderwords"], "set model.tokenizer="),
+        (["training_data.words=wonderwords"], "set tokenizer@model.tokenizer=compact_lines"),
         (["stages.lines_8.lines=null"], "stages.lines_8: a stage needs either length or lines"),
         (["+stages.lines_8.stepz=4"], "unknown key 'stages.lines_8.stepz'"),
         (["model=run", "model.run_dir=nowhere"], "nowhere"),
