@@ -32,8 +32,9 @@ from ring_rl.training.process_watch import PATIENCE_MILLISECONDS, ProcessWatch, 
 
 __all__ = ["DistributedConfig", "agree_to_stop", "barrier", "is_main_process", "joined", "on_main_process"]
 
-# JAX's own limits are a backstop behind ours, which say more.
-_BACKSTOP_SECONDS = 10
+# JAX's own limit is a backstop behind ours, which says more. It goes by the clock and aborts the process, whereas ours
+# counts rounds, which last longer on a busy machine: so it must be far behind.
+_BACKSTOP_SECONDS = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
