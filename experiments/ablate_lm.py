@@ -2,10 +2,10 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import json
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import hydra
 from omegaconf import DictConfig
 
 from ring_rl.atomic_file import write_whole
-from ring_rl.child_process import run_to_its_end
+from ring_rl.child_process import run_script
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.training.metrics import read_metrics
 from ring_rl.training.provenance import read_starts
+from ring_rl.training.stage_records import read_stage_records, whole_seconds
 from ring_rl.training.tables import markdown_table
 
 REPOSITORY = Path(__file__).parents[1]
+run = functools.partial(run_script, REPOSITORY)
 CHANGES = REPOSITORY / "conf" / "lm_ablation"
 
 
@@ -64,13 +66,6 @@ def what_it_changes(ablation: str) -> str:
     return " ".join(comment).split(". ")[0].split(";")[0].rstrip(".")
 
 
-def run(*command: str) -> None:
-    """Runs a command of this repository, shown to the user."""
-    print(f"\n$ python {' '.join(command)}", flush=True)
-    if exit_code := run_to_its_end([sys.executable, str(REPOSITORY / command[0]), *command[1:]]):
-        raise ChildProcessError(f"{command[0]} ended with exit code {exit_code}; the same command again goes on")
-
-
 def train_and_evaluate(config: AblateLmConfig, ablation: str, seed: int, run_dir: Path) -> None:
     """What is missing of one cell."""
     run(
@@ -100,18 +95,16 @@ def evaluation_of(run_dir: Path) -> Path:
 
 def result(ablation: str, seed: int, run_dir: Path) -> dict[str, Any] | None:
     """One row of the CSV; None for a cell that is not finished."""
-    stages_file, summary_file = run_dir / "stages.json", evaluation_of(run_dir) / "summary.json"
-    if not (stages_file.exists() and summary_file.exists()):
+    stages, summary_file = read_stage_records(run_dir), evaluation_of(run_dir) / "summary.json"
+    if not (stages and summary_file.exists()):
         return None
-    stages: Mapping[str, Any] = json.loads(stages_file.read_text())
     summary = json.loads(summary_file.read_text())
     row: dict[str, Any] = {"ablation": ablation, "seed": seed}
     for name, stage in stages.items():
-        row[f"steps_{name}"] = stage["last_step"] - stage["first_step"]
-        row[f"advanced_{name}"] = stage["advanced"]
-    # Of a run that was interrupted, nobody timed the first part.
-    if not any(each["resumed"] for each in stages.values()):
-        row["seconds"] = round(sum(each["compile_seconds"] + each["train_seconds"] for each in stages.values()), 1)
+        row[f"steps_{name}"] = stage.last_step - stage.first_step
+        row[f"advanced_{name}"] = stage.advanced
+    if (seconds := whole_seconds(stages.values())) is not None:
+        row["seconds"] = round(seconds, 1)
     row["training_answer_accuracy"] = round(read_metrics(run_dir / "metrics.jsonl")[-1]["answer_accuracy"], 4)
     for score in summary["scores"]:
         for part in ("value", "low", "high", "count"):

@@ -184,11 +184,10 @@ def check(config: CheckConfig) -> bool:
     started = time.perf_counter()
     loaded = load_model(config.model, parallel)
     loading = time.perf_counter() - started
-    if loaded.tokenizer is None:
-        raise ValueError('the model came without a tokenizer; name one: "model.tokenizer={name: file, path: ...}"')
+    tokenizer = loaded.named_tokenizer()
     config.output.mkdir(parents=True, exist_ok=True)
     model, their_tokenizer = in_transformers(path)
-    ids = [loaded.tokenizer.encode(prompt) for prompt in config.prompts]
+    ids = [tokenizer.encode(prompt) for prompt in config.prompts]
     logits = our_logits(loaded, parallel, max(map(len, ids)))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     rows = []
@@ -212,7 +211,7 @@ def check(config: CheckConfig) -> bool:
                     "written": config.new_tokens,
                     "written_alike": agreeing,
                     "smallest_lead": lead,
-                    "text": loaded.tokenizer.decode(tokens),
+                    "text": tokenizer.decode(tokens),
                     "their_text": their_tokenizer.decode(theirs, skip_special_tokens=True),
                 }
             )

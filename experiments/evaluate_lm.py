@@ -197,13 +197,12 @@ def evaluate_lm(config: EvaluateLMConfig) -> None:
     request_virtual_devices(config.virtual_devices)
     parallel = make_parallel(config.mesh, config.parallel)
     loaded = load_model(config.model, parallel)
-    if loaded.tokenizer is None:
-        raise ValueError('the model came without a tokenizer; name one: "model.tokenizer={name: file, path: ...}"')
+    tokenizer = loaded.named_tokenizer()
     warnings.simplefilter("always", UserWarning)
     if isinstance(config.suite, PerplexityConfig):
-        figures = measure_perplexity(config, config.suite, loaded, loaded.tokenizer, parallel)
+        figures = measure_perplexity(config, config.suite, loaded, tokenizer, parallel)
     else:
-        figures = ask(config, config.suite, loaded, loaded.tokenizer, parallel)
+        figures = ask(config, config.suite, loaded, tokenizer, parallel)
     show(config.output, f"{model_label(config, loaded)}: {config.suite.name}")
     print(" ".join(f"{name}={value:.3f}" for name, value in figures.items()))
 

@@ -18,14 +18,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
-from ring_rl.lm.evaluation.prompts import TemplateConfig
+from ring_rl.lm.evaluation.prompts import Prompter, TemplateConfig
 from ring_rl.lm.generate import Generation, Generator, Sampling
 from ring_rl.lm.generation.prompts import check_prompts
 from ring_rl.lm.load_model import ModelSource, load_model, warn_beyond_trained_positions
 from ring_rl.lm.tokenizer.protocol import Tokenizer, written_text
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.mesh import MeshConfig, make_mesh, request_virtual_devices
-from ring_rl.typing import Int32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,14 +83,6 @@ def texts_of(config: GenerateConfig) -> list[str]:
     return texts
 
 
-def tokens_of(text: str, tokenizer: Tokenizer, template: TemplateConfig) -> Int32[np.ndarray, " tokens"]:
-    """What the model reads of a prompt."""
-    tokens, bos_id = tokenizer.encode(template.text.replace("{prompt}", text)), tokenizer.bos_id
-    if not template.begin_with_bos or bos_id is None:
-        return tokens
-    return np.concatenate([np.array([bos_id], np.int32), tokens])
-
-
 def generate_texts(config: GenerateConfig) -> None:
     """Writes after every prompt, a batch at a time; prints the texts, or appends them to a file."""
     texts = texts_of(config)
@@ -101,10 +92,9 @@ def generate_texts(config: GenerateConfig) -> None:
     mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=config.cache_devices))
     parallel = SequenceParallel(mesh=mesh, layout="contiguous")
     loaded = load_model(config.model, parallel)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise ValueError('the model came without a tokenizer; name one: "model.tokenizer={name: file, path: ...}"')
-    prompts = [tokens_of(text, tokenizer, config.template) for text in texts]
+    tokenizer = loaded.named_tokenizer()
+    prompter = Prompter(tokenizer, config.template)
+    prompts = [prompter.ids(config.template.framed(text)) for text in texts]
     # All of them now: the last one may not fail when the others have taken an hour.
     check_prompts(
         prompts,

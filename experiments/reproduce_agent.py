@@ -1,7 +1,7 @@
 """The paper's table of agents from one command; conf/reproduce_agent.yaml documents every key."""
 
 import dataclasses
-import sys
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -18,11 +18,12 @@ from ring_rl.agent.reproduction.evaluated import stale_reason
 from ring_rl.agent.reproduction.plan import Cell, PresetConfig, training_groups
 from ring_rl.agent.reproduction.published import PublishedTable
 from ring_rl.agent.reproduction.settings import differing_settings
-from ring_rl.child_process import run_to_its_end
+from ring_rl.child_process import run_script
 from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 
 REPOSITORY = Path(__file__).parents[1]
+run = functools.partial(run_script, REPOSITORY)
 Phase = Literal["collect", "train", "evaluate", "report"]
 
 
@@ -47,16 +48,6 @@ class ReproduceAgentConfig:
     def chance(self, task: str) -> Path:
         """Where the returns of random actions are kept."""
         return self.runs / task / "chance.json"
-
-
-def run(*command: str) -> None:
-    """Runs a command of this repository, shown to the user; what fails stops everything, and can be gone on with."""
-    print(f"\n$ python {' '.join(command)}", flush=True)
-    exit_code = run_to_its_end([sys.executable, str(REPOSITORY / command[0]), *command[1:]])
-    if exit_code:
-        raise ChildProcessError(
-            f"{command[0]} ended with exit code {exit_code}; the same command again goes on from here"
-        )
 
 
 def collect(config: ReproduceAgentConfig) -> None:

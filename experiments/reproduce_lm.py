@@ -1,9 +1,9 @@
 """The paper's figure of line retrieval from one command; conf/reproduce_lm/reproduce_lm.yaml documents every key."""
 
 import dataclasses
+import functools
 import shlex
 import statistics
-import sys
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from ring_rl.child_process import run_to_its_end
+from ring_rl.child_process import run_script
 from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.lm.evaluation.report import PublishedCurves
@@ -22,6 +22,7 @@ from ring_rl.lm.reproduction.plan import Cell, PresetConfig
 from ring_rl.lm.reproduction.report import write_figure_report
 
 REPOSITORY = Path(__file__).parents[1]
+run = functools.partial(run_script, REPOSITORY)
 Phase = Literal["train", "evaluate", "report"]
 
 
@@ -46,16 +47,6 @@ class ReproduceLMConfig:
     def cells(self) -> list[Cell]:
         """Every cell of the preset."""
         return list(self.preset.cells(self.runs))
-
-
-def run(*command: str) -> None:
-    """Runs a command of this repository, shown to the user; what fails stops everything, and can be gone on with."""
-    print(f"\n$ python {shlex.join(command)}", flush=True)
-    exit_code = run_to_its_end([sys.executable, str(REPOSITORY / command[0]), *command[1:]])
-    if exit_code:
-        raise ChildProcessError(
-            f"{command[0]} ended with exit code {exit_code}; the same command again goes on from here"
-        )
 
 
 def quoted(text: str) -> str:

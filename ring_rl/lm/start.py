@@ -82,14 +82,10 @@ def start_from(
         )
         return Start(model, tokenizer, None)
     loaded = load_model(config, parallel, weights=False)
-    if loaded.tokenizer is None:
-        raise ValueError(
-            f"the model of model.name={config.name} came without a tokenizer; name one: "
-            '"model.tokenizer={name: file, path: ...}"'
-        )
-    if (needed := vocabulary_size(loaded.tokenizer)) > loaded.config.vocabulary_size:
+    tokenizer = loaded.named_tokenizer()
+    if (needed := vocabulary_size(tokenizer)) > loaded.config.vocabulary_size:
         raise ValueError(
             f"the data have {needed} ids, but the model embeds {loaded.config.vocabulary_size}; leave out the "
             f"modalities, or train a new model"
         )
-    return Start(loaded.config, loaded.tokenizer, lambda: nnx.state(load_model(config, parallel).model, nnx.Param))
+    return Start(loaded.config, tokenizer, lambda: nnx.state(load_model(config, parallel).model, nnx.Param))

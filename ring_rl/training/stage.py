@@ -1,4 +1,4 @@
-"""A stage of a training run in stages, and what a checkpoint, a metrics file and a folder say of it."""
+"""A stage of a training run in stages, and what a checkpoint and a metrics file say of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ring_rl.training.optimizer import OptimizerConfig
 from ring_rl.training.task import RunStream, TrainingTask
 from ring_rl.typing import PyTree
 
-__all__ = ["StagePlace", "StageRecord", "StageStream", "StageWriter", "TrainingStage", "place_of"]
+__all__ = ["StagePlace", "StageStream", "StageWriter", "TrainingStage", "place_of"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,31 +50,6 @@ class TrainingStage:
             raise ValueError(
                 f"stage {self.name}: minimum_steps must lie in [0, {self.steps}], its steps, got {self.minimum_steps}"
             )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageRecord:
-    """What `stages.json` says of a finished stage.
-
-    Attributes:
-        name: the stage's.
-        first_step: steps of the run that were taken before it.
-        last_step: steps that were taken after it.
-        tokens: that it read, padding included.
-        advanced: whether `advance_when` ended it, and not its last step.
-        compile_seconds: of its step.
-        train_seconds: from its first step to its checkpoint.
-        resumed: whether an earlier process began it; the seconds are then those of the last one.
-    """
-
-    name: str
-    first_step: int
-    last_step: int
-    tokens: int
-    advanced: bool
-    compile_seconds: float
-    train_seconds: float
-    resumed: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +16,6 @@ from typing import Any
 
 import jax
 
-from ring_rl.atomic_file import write_whole
-from ring_rl.config import to_mapping
 from ring_rl.training.checkpoint import Checkpointer
 from ring_rl.training.distributed import is_main_process
 from ring_rl.training.dry_run import dry_run, print_dry_run
@@ -30,7 +27,8 @@ from ring_rl.training.optimizer import make_optimizer
 from ring_rl.training.provenance import record_start
 from ring_rl.training.run import draw_run, open_writers, say, step_work
 from ring_rl.training.run_directory import RunDirectory, open_run_directory
-from ring_rl.training.stage import StagePlace, StageRecord, StageStream, StageWriter, TrainingStage, place_of
+from ring_rl.training.stage import StagePlace, StageStream, StageWriter, TrainingStage, place_of
+from ring_rl.training.stage_records import StageRecord, read_stage_records, record_of_stage, write_stage_record
 from ring_rl.training.state import TrainState, state_from_parameters
 from ring_rl.training.step import compile_step, compiled_report
 from ring_rl.training.task import PreparedTask
@@ -314,7 +312,7 @@ def _train_stage(
         )
         if is_main_process():
             facts = {"mesh": dict(task.parallel.mesh.shape), **report}
-            _record(run.path / "compiled.json", stage.name, facts)
+            record_of_stage(run.path / "compiled.json", stage.name, facts)
         state = train(
             state=current.state,
             step_function=compiled,
@@ -341,7 +339,7 @@ def _train_stage(
         resumed=start > place.first_step,
     )
     if is_main_process():
-        _record(run.path / "stages.json", stage.name, to_mapping(record))
+        write_stage_record(run.path, record)
     return dataclasses.replace(current, state=state, over=True), record, report
 
 
@@ -363,13 +361,6 @@ def _stage_record(
 
 def _record_what_was_not(stage: TrainingStage, run: RunDirectory, current: _Current) -> None:
     """The record of a stage whose process ended between its last checkpoint and its record; its seconds are lost."""
-    file = run.path / "stages.json"
-    if not file.exists() or stage.name not in json.loads(file.read_text()):
+    if stage.name not in read_stage_records(run.path):
         record = _stage_record(stage, current, compile_seconds=0.0, train_seconds=0.0, resumed=True)
-        _record(file, stage.name, to_mapping(record))
-
-
-def _record(file: pathlib.Path, name: str, facts: Mapping[str, Any]) -> None:
-    """One more entry of a JSON file, by the stage's name."""
-    known = json.loads(file.read_text()) if file.exists() else {}
-    write_whole(file, json.dumps(known | {name: facts}, indent=2) + "\n")
+        write_stage_record(run.path, record)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ring_rl.training.stage_records import StageRecord, write_stage_record
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -21,9 +23,19 @@ def leave_results(load_script, monkeypatch):
             folder = Path(values["run_dir"])
             folder.mkdir(parents=True, exist_ok=True)
             learned = values["lm_ablation"] == "none"
-            stage = {"first_step": 0, "last_step": 60 if learned else 600, "advanced": learned}
-            seconds = {"compile_seconds": 1.0, "train_seconds": 2.5, "resumed": values["seed"] == "1"}
-            (folder / "stages.json").write_text(json.dumps({"lines_8": stage | seconds}))
+            write_stage_record(
+                folder,
+                StageRecord(
+                    name="lines_8",
+                    first_step=0,
+                    last_step=60 if learned else 600,
+                    tokens=100,
+                    advanced=learned,
+                    compile_seconds=1.0,
+                    train_seconds=2.5,
+                    resumed=values["seed"] == "1",
+                ),
+            )
             record = {"step": 60, "answer_accuracy": 1.0 if learned else 0.0}
             (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         else:

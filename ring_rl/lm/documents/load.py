@@ -95,15 +95,20 @@ def read_tokens(config: DocumentsConfig, tokenizer: Tokenizer, *, progress: bool
 
 
 def packed_documents(
-    config: DocumentsConfig, tokenizer: Tokenizer, *, row_length: int, seed: int | tuple[int, ...], progress: bool
+    documents: TokenizedDocuments,
+    config: DocumentsConfig,
+    tokenizer: Tokenizer,
+    *,
+    row_length: int,
+    seed: int | tuple[int, ...],
 ) -> PackedDocuments:
-    """Rows of `row_length` tokens, for a `RowStream`.
+    """Rows of `row_length` tokens of what `read_tokens` read, for a `RowStream`.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: as `read_tokens` and `PackedDocuments` do.
+        ValueError: as `PackedDocuments` does.
     """
     return PackedDocuments(
-        read_tokens(config, tokenizer, progress=progress),
+        documents,
         row_length=row_length,
         config=config.packing,
         kind_weights=mixed_vocabulary(config, tokenizer).weights,

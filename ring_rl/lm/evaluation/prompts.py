@@ -33,10 +33,14 @@ class TemplateConfig:
         if self.text.count(_PLACE) != 1:
             raise ValueError(f"a template holds {_PLACE} once, got {self.text!r}")
 
+    def framed(self, text: str) -> str:
+        """The template's text around another."""
+        before, after = self.text.split(_PLACE)
+        return before + text + after
+
     def around(self, sample: Sample) -> Sample:
         """The sample with the template's text around its prompt; a completion begins with one blank at most."""
-        before, after = self.text.split(_PLACE)
-        prompt = before + sample.prompt + after
+        prompt = self.framed(sample.prompt)
         blank_before = (prompt + sample.answer_prefix)[-1:].isspace()
         completion = sample.completion.removeprefix(" ") if blank_before else sample.completion
         return dataclasses.replace(sample, prompt=prompt, completion=completion)
@@ -59,7 +63,11 @@ class Prompter:
     def prompt(self, sample: Sample) -> Int32[np.ndarray, " T"]:
         """The ids after which a model is to go on."""
         framed = self.template.around(sample)
-        ids = self.tokenizer.encode(framed.prompt + framed.answer_prefix)
+        return self.ids(framed.prompt + framed.answer_prefix)
+
+    def ids(self, text: str) -> Int32[np.ndarray, " T"]:
+        """Those of a text that stands in the template already, with the beginning that it asks for."""
+        ids = self.tokenizer.encode(text)
         bos = self.tokenizer.bos_id if self.template.begin_with_bos else None
         return np.concatenate([np.array([] if bos is None else [bos], np.int32), np.asarray(ids, np.int32)])
 

@@ -44,6 +44,16 @@ class LoadedModel:
     tokenizer: Tokenizer | None
     origin: Mapping[str, Any]
 
+    def named_tokenizer(self) -> Tokenizer:
+        """Its tokenizer, where it cannot do without.
+
+        Raises:
+            ValueError: it came with none.
+        """
+        if self.tokenizer is None:
+            raise ValueError('the model came without a tokenizer; name one: "model.tokenizer={name: file, path: ...}"')
+        return self.tokenizer
+
 
 def load_pretrained(
     path: Path,

@@ -20,6 +20,7 @@ from ring_rl.lm.training_task import LANGUAGE_MAY_DIFFER
 from ring_rl.training import preset_settings
 from ring_rl.training.run import MAY_DIFFER
 from ring_rl.training.saved_runs import dotted
+from ring_rl.training.stage_records import StageRecord, read_stage_records, whole_seconds
 
 __all__ = ["Cell", "Claim", "Measurement", "PresetConfig", "Variant"]
 
@@ -144,10 +145,9 @@ class Cell:
         file = self.run_dir / "config.yaml"
         return yaml.safe_load(file.read_text()) if file.exists() else None
 
-    def stages(self) -> Mapping[str, Any]:
+    def stages(self) -> Mapping[str, StageRecord]:
         """What the run says of its finished stages, by name."""
-        file = self.run_dir / "stages.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_stage_records(self.run_dir)
 
     @property
     def trained(self) -> bool:
@@ -158,20 +158,17 @@ class Cell:
     @property
     def training_seconds(self) -> float | None:
         """Of all stages, compilation included; None where one was interrupted, whose first part no one timed."""
-        finished = self.stages().values()
-        if not self.trained or any(stage["resumed"] for stage in finished):
-            return None
-        return sum(stage["compile_seconds"] + stage["train_seconds"] for stage in finished)
+        return whole_seconds(self.stages().values()) if self.trained else None
 
     def unanswered(self, mode: Mode) -> tuple[Measurement, ...]:
         """Lengths at which samples are missing, or all of them where another checkpoint answered."""
         if not self.trained or not (self.evaluation / "evaluation.json").exists():
             return self.lengths
         asked = json.loads((self.evaluation / "evaluation.json").read_text())
-        if asked["model"]["step"] != max(stage["last_step"] for stage in self.stages().values()):
+        if asked["model"]["step"] != max(stage.last_step for stage in self.stages().values()):
             return self.lengths
-        answered = {record.key for record in self.records()}
-        tasks = {record.task for record in self.records()}
+        records = self.records()
+        answered, tasks = {record.key for record in records}, {record.task for record in records}
         return tuple(
             each
             for each in self.lengths

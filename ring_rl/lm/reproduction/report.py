@@ -182,16 +182,16 @@ def _training_table(preset: PresetConfig, cells: Sequence[Cell]) -> list[list[st
     rows = [["model", "seed", "steps", "tokens", "compiling, s", "training, s", "stages reached early"]]
     for cell in cells:
         stages = cell.stages().values()
-        resumed = " (resumed: last part only)" if any(stage["resumed"] for stage in stages) else ""
+        resumed = " (resumed: last part only)" if any(stage.resumed for stage in stages) else ""
         rows.append(
             [
                 preset.variants[cell.variant].label,
                 str(cell.seed),
-                str(max(stage["last_step"] for stage in stages)),
-                f"{sum(stage['tokens'] for stage in stages):,}",
-                f"{sum(stage['compile_seconds'] for stage in stages):.0f}{resumed}",
-                f"{sum(stage['train_seconds'] for stage in stages):.0f}{resumed}",
-                f"{sum(stage['advanced'] for stage in stages)} of {len(stages)}",
+                str(max(stage.last_step for stage in stages)),
+                f"{sum(stage.tokens for stage in stages):,}",
+                f"{sum(stage.compile_seconds for stage in stages):.0f}{resumed}",
+                f"{sum(stage.train_seconds for stage in stages):.0f}{resumed}",
+                f"{sum(stage.advanced for stage in stages)} of {len(stages)}",
             ]
         )
     return rows

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 import numpy as np
 
 from ring_rl.lm.key_words import WordList, key_words
 from ring_rl.lm.rows.loss_on import LossOn, weighted
+from ring_rl.lm.rows.short_records import ShortRecords
 from ring_rl.lm.tasks.compact_lines import TOKENS_PER_LINE, CompactLines, lines_within
 from ring_rl.lm.token_batch import TokenBatch
 from ring_rl.lm.tokenizer.protocol import Tokenizer
@@ -96,21 +96,15 @@ class CompactLineRows:
         short_share: float,
         seed: tuple[int, ...],
     ):
-        if short_share > 0 and not config.fewest_lines <= lines:
-            raise ValueError(
-                f"short records have at least fewest_lines={config.fewest_lines} lines, the others {lines}; lower "
-                f"training_data.fewest_lines, or set the stage's short_share to 0"
-            )
         self._compact, self._config, self._length, self._lines = compact, config, length, lines
-        self._short_share, self._seed = short_share, seed
+        self._short = ShortRecords(share=short_share, fewest_lines=config.fewest_lines, lines=lines)
+        self._seed = seed
 
     def row(self, index: int) -> TokenBatch:
         """Row `index` without a batch axis, in natural order."""
         generator = np.random.default_rng([*self._seed, index])
         lines, queries = self._lines, min(self._lines, self._config.queries)
-        if generator.random() < self._short_share:
-            octaves = generator.uniform(math.log(self._config.fewest_lines), math.log(self._lines))
-            lines = min(round(math.exp(octaves)), self._lines)
-            queries = min(lines, self._length // TOKENS_PER_LINE - lines)
+        if (fewer := self._short.draw(generator)) is not None:
+            lines, queries = fewer, min(fewer, self._length // TOKENS_PER_LINE - fewer)
         record = self._compact.draw(generator, lines=lines, queries=queries)
         return weighted(self._compact.row(record, length=self._length), self._config.loss_on)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
-from ring_rl.lm.documents.load import DocumentsConfig, mixed_vocabulary, packed_documents
+from ring_rl.lm.documents.load import DocumentsConfig, mixed_vocabulary, packed_documents, read_tokens
 from ring_rl.lm.documents.packed_documents import PackedDocuments
+from ring_rl.lm.documents.tokenized import TokenizedDocuments
 from ring_rl.lm.tokenizer.protocol import Tokenizer
 
 __all__ = ["DocumentRowsConfig", "DocumentsData"]
@@ -54,6 +56,9 @@ class DocumentsData:
                 f"documents are as long as they are, got short_share={short_share}; set it to 0, and mix in another "
                 f"set of documents for shorter ones (training_data.name=mixture)"
             )
-        return packed_documents(
-            self._config.documents, self._tokenizer, row_length=length, seed=seed, progress=self._progress
-        )
+        return packed_documents(self._tokens, self._config.documents, self._tokenizer, row_length=length, seed=seed)
+
+    @functools.cached_property
+    def _tokens(self) -> TokenizedDocuments:
+        """Read once, for all stages."""
+        return read_tokens(self._config.documents, self._tokenizer, progress=self._progress)

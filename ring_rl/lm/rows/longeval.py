@@ -11,6 +11,7 @@ import numpy as np
 
 from ring_rl.lm.key_words import WordList, key_words
 from ring_rl.lm.rows.loss_on import LossOn, weighted
+from ring_rl.lm.rows.short_records import ShortRecords
 from ring_rl.lm.tasks.line_retrieval import AnswerStart, IndexKind, draw_lines
 from ring_rl.lm.tasks.sample import Sample
 from ring_rl.lm.token_batch import TokenBatch
@@ -139,21 +140,16 @@ class LongEvalRows:
         short_share: float,
         seed: tuple[int, ...],
     ):
-        if short_share > 0 and not config.fewest_lines <= lines:
-            raise ValueError(
-                f"short records have at least fewest_lines={config.fewest_lines} lines, the others {lines}; lower "
-                f"training_data.fewest_lines, or set the stage's short_share to 0"
-            )
         self._config, self._tokenizer, self._length, self._lines = config, tokenizer, length, lines
-        self._short_share, self._seed, self._words = short_share, seed, key_words(config.words)
+        self._short = ShortRecords(share=short_share, fewest_lines=config.fewest_lines, lines=lines)
+        self._seed, self._words = seed, key_words(config.words)
 
     def row(self, index: int) -> TokenBatch:
         """Row `index` without a batch axis, in natural order."""
         generator = np.random.default_rng([*self._seed, index, 1])
         lines, queries = self._lines, self._config.queries
-        if generator.random() < self._short_share:
-            octaves = generator.uniform(math.log(self._config.fewest_lines), math.log(self._lines))
-            lines = queries = min(round(math.exp(octaves)), self._lines)
+        if (fewer := self._short.draw(generator)) is not None:
+            lines = queries = fewer
         ids, answer_ids, ends = self.ids(index, lines=lines, queries=queries)
         length, drawn = len(ids) if self._length is None else self._length, 0
         while ends[0] > length:

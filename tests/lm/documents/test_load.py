@@ -32,6 +32,11 @@ def composed(pytestconfig):
     return call
 
 
+def packed(config, *, row_length):
+    documents = read_tokens(config, BYTES, progress=False)
+    return packed_documents(documents, config, BYTES, row_length=row_length, seed=0)
+
+
 def file_with(folder, name, content):
     (folder / name).write_text(content)
     return folder
@@ -51,7 +56,7 @@ def test_films_and_lines_share_rows_and_count_alike(composed):
     config = composed("made_up_vision", "source.documents=7", "modalities.0.codes=8", "source.codes_per_frame=3")
     vocabulary = mixed_vocabulary(config, BYTES)
     assert vocabulary.size == 258 + 8 + 3
-    rows = packed_documents(config, BYTES, row_length=64, seed=0, progress=False)
+    rows = packed(config, row_length=64)
     every = [rows.row(i) for i in range(rows.rows_per_epoch)]
     assert sum(row.weights.sum() for row in every) == pytest.approx(7)
     # What is in a row is read back: a film and its line, either first, and the film obeys the line.
@@ -72,7 +77,7 @@ def test_rows_reach_the_devices_in_the_rings_layout(composed, tmp_path):
     file_with(tmp_path, "a.txt", "one two three")
     file_with(tmp_path, "b.txt", "four five")
     config = composed("text_folder", f"source.root={tmp_path}", "end_token=true")
-    rows = packed_documents(config, BYTES, row_length=32, seed=0, progress=False)
+    rows = packed(config, row_length=32)
     stream = RowStream(
         rows,
         batch_size=2,
@@ -121,11 +126,11 @@ def test_an_empty_corpus_is_refused(composed, tmp_path):
         open_source(composed("text_folder", f"source.root={tmp_path}"))
     config = composed("json_lines", f"source.root={file_with(tmp_path, 'a.jsonl', '')}")
     with pytest.raises(ValueError, match=r"documents\.source=json_lines holds no document"):
-        packed_documents(config, BYTES, row_length=8, seed=0, progress=False)
+        packed(config, row_length=8)
     file_with(tmp_path, "a.txt", "x")
     config = composed("text_folder", f"source.root={tmp_path}")
     with pytest.raises(ValueError, match="none of 1 documents has 2 tokens or more"):
-        packed_documents(config, BYTES, row_length=8, seed=0, progress=False)
+        packed(config, row_length=8)
 
 
 def test_a_bad_configuration_is_refused(composed):

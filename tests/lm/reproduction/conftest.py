@@ -8,6 +8,7 @@ import yaml
 from ring_rl.lm.evaluation.cells import SampleRecord
 from ring_rl.lm.evaluation.sample_log import SampleLog
 from ring_rl.lm.reproduction.plan import Claim, Measurement, PresetConfig, Variant
+from ring_rl.training.stage_records import StageRecord, write_stage_record
 
 LENGTHS = (Measurement(tokens=1024, samples=4), Measurement(tokens=2048, samples=2))
 
@@ -53,9 +54,20 @@ def cells(preset, tmp_path):
         (cell.run_dir / "config.yaml").write_text(
             yaml.safe_dump({**config, "loss": {"chunks": 2, "z_loss": 0.0}, "mesh": {"sp": 1}})
         )
-        stage = {"last_step": 10, "tokens": 100, "advanced": True, "compile_seconds": 30.0, "train_seconds": 15.0}
-        stages = {name: {**stage, "resumed": False} for name in ("a", "b")}
-        (cell.run_dir / "stages.json").write_text(json.dumps(stages))
+        for name in ("a", "b"):
+            write_stage_record(
+                cell.run_dir,
+                StageRecord(
+                    name=name,
+                    first_step=0,
+                    last_step=10,
+                    tokens=100,
+                    advanced=True,
+                    compile_seconds=30.0,
+                    train_seconds=15.0,
+                    resumed=False,
+                ),
+            )
         identity = {"model": {"step": 10}}
         with SampleLog(
             cell.evaluation, record_type=SampleRecord, key=lambda record: record.key, identity=identity
