@@ -13,9 +13,10 @@ from hydra import compose, initialize_config_dir
 
 from ring_rl.config import from_mapping
 from ring_rl.hydra_config import resolve
-from ring_rl.lm.model import LanguageModel, LanguageModelConfig
+from ring_rl.lm.model import LanguageModel
 from ring_rl.lm.tokenizer.load import TokenizerConfig
 from ring_rl.nn.transformer import TransformerConfig
+from small_models import small_language_model
 
 REPOSITORY = Path(__file__).parents[1]
 ROOM = REPOSITORY / "ring_rl" / "lm"
@@ -91,8 +92,7 @@ def test_the_example_of_generation_runs():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         size = resolve(compose("transformer/llama_tiny"))["transformer"]
     small = {"layers": 1, "width": 16, "query_heads": 2, "key_value_heads": 1, "head_dim": 8, "feed_forward_width": 16}
-    config = LanguageModelConfig(
-        name="language",
+    config = small_language_model(
         vocabulary_size=32,
         tied_embedding=True,
         embedding_scale=0.5,

@@ -10,7 +10,7 @@ from ring_rl.agent.episodes.exorl import EpisodeSet
 from ring_rl.agent.episodes.trajectory import Trajectory
 from ring_rl.agent.model import SequenceModelConfig
 from ring_rl.agent.tokens import Normalisation
-from ring_rl.nn.transformer import TransformerConfig
+from small_models import small_transformer
 
 OBSERVATION_DIM, ACTION_DIM = 3, 2
 ACTION_HEADS = {
@@ -66,25 +66,8 @@ def sequence_config(
             observation_scale=(2.0,) * OBSERVATION_DIM,
             return_scale=5.0,
         ),
-        transformer=TransformerConfig(
-            layers=2,
-            width=16,
-            query_heads=4,
-            key_value_heads=2,
-            head_dim=4,
-            norm_epsilon=1e-6,
-            feed_forward="gelu",
-            feed_forward_width=32,
-            feed_forward_chunks=1,
-            rotary_base=100.0,
-            rotary_fraction=1.0,
-            rotary_scaling=None,
-            no_position_layers=(),
-            retrieval=None,
-            attention_window=None,
-            attention_block_size=16,
-            saved_activations="products",
-            compute_dtype="float32",
+        transformer=small_transformer(
+            query_heads=4, head_dim=4, feed_forward="gelu", feed_forward_width=32, saved_activations="products"
         ),
     )
 

@@ -11,33 +11,14 @@ from flax import nnx
 
 from ring_rl.config import to_mapping
 from ring_rl.lm.key_words import key_words
-from ring_rl.lm.model import LanguageModel, LanguageModelConfig
+from ring_rl.lm.model import LanguageModel
 from ring_rl.lm.tokenizer.byte_tokenizer import ByteTokenizer
 from ring_rl.lm.tokenizer.compact_tokenizer import compact_tokenizer
-from ring_rl.nn.transformer_config import TransformerConfig
 from ring_rl.training.checkpoint import Checkpointer
 from ring_rl.training.state import TrainState
+from small_models import small_language_model, small_transformer
 
-TRANSFORMER = TransformerConfig(
-    layers=1,
-    width=16,
-    query_heads=2,
-    key_value_heads=2,
-    head_dim=8,
-    norm_epsilon=1e-6,
-    feed_forward="swiglu",
-    feed_forward_width=16,
-    feed_forward_chunks=1,
-    rotary_base=100.0,
-    rotary_fraction=1.0,
-    rotary_scaling=None,
-    no_position_layers=(),
-    retrieval=None,
-    attention_window=None,
-    attention_block_size=128,
-    saved_activations="none",
-    compute_dtype="float32",
-)
+TRANSFORMER = small_transformer(layers=1, attention_block_size=128)
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +26,7 @@ def save_run():
     """`save_run(folder, tokenizer)`: a run's checkpoint of random weights, as training leaves it."""
 
     def save(folder, tokenizer, *, step=3, weights=0):
-        config = LanguageModelConfig(
-            name="language",
-            vocabulary_size=tokenizer.vocabulary_size,
-            tied_embedding=False,
-            embedding_scale=1.0,
-            trained_positions=64,
-            transformer=TRANSFORMER,
-        )
+        config = small_language_model(vocabulary_size=tokenizer.vocabulary_size, transformer=TRANSFORMER)
         parameters = nnx.state(LanguageModel(config, rngs=nnx.Rngs(weights)), nnx.Param)
         state = TrainState(jnp.asarray(step), parameters, optax.sgd(0.1).init(parameters))
         extra = {"label": "young", "seed": 0, "tokenizer": tokenizer.to_mapping()}

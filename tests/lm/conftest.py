@@ -9,22 +9,15 @@ import pytest
 from flax import nnx
 
 from ring_rl.kernels.layout import permutation
-from ring_rl.lm.model import LanguageModel, LanguageModelConfig
+from ring_rl.lm.model import LanguageModel
 from ring_rl.lm.token_batch import TokenBatch
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.rotary_scaling import YarnScaling, rotary_frequencies
-from ring_rl.nn.transformer import RetrievalAids, TransformerConfig
 from ring_rl.training.mesh import MeshConfig, make_mesh
+from small_models import retrieval_aids, small_language_model, small_transformer
 
 V, T = 24, 64
-AIDS = RetrievalAids(
-    convolution_width=4,
-    key_shift=True,
-    key_shift_initial=0.7,
-    length_scaled_queries=True,
-    length_scale_initial=0.3,
-    keys_start_as_queries=False,
-)
+AIDS = retrieval_aids(keys_start_as_queries=False)
 YARN = YarnScaling(name="yarn", factor=4.0, original_positions=32, beta_fast=8.0, beta_slow=1.0, attention_factor=None)
 # Every part that LLaMA lacks.
 EVERYTHING = {
@@ -38,32 +31,18 @@ EVERYTHING = {
 
 def config(*, tied=False, **changes):
     trunk = {
-        "layers": 2,
-        "width": 16,
         "query_heads": 4,
         "key_value_heads": 4,
-        "head_dim": 8,
         "norm_epsilon": 1e-5,
-        "feed_forward": "swiglu",
         "feed_forward_width": 24,
-        "feed_forward_chunks": 1,
-        "rotary_base": 100.0,
-        "rotary_fraction": 1.0,
-        "rotary_scaling": None,
-        "no_position_layers": (),
-        "retrieval": None,
-        "attention_window": None,
-        "attention_block_size": 16,
         "saved_activations": "products",
-        "compute_dtype": "float32",
     }
-    return LanguageModelConfig(
-        name="language",
+    return small_language_model(
         vocabulary_size=V,
         tied_embedding=tied,
         embedding_scale=0.5,
         trained_positions=T,
-        transformer=TransformerConfig(**(trunk | changes)),
+        transformer=small_transformer(**(trunk | changes)),
     )
 
 

@@ -7,10 +7,10 @@ from flax import nnx
 from ring_rl.lm.generate import CHECK_EVERY, GREEDY, Generator, Sampling, generate
 from ring_rl.lm.generation import cache
 from ring_rl.lm.generation.steps import compiled_steps
-from ring_rl.lm.model import LanguageModel, LanguageModelConfig
+from ring_rl.lm.model import LanguageModel
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.nn.transformer import RetrievalAids, TransformerConfig
 from ring_rl.training.mesh import MeshConfig, make_mesh
+from small_models import retrieval_aids, small_language_model, small_transformer
 
 V, CHUNK, NEW = 40, 8, 5
 # Shorter and longer than chunks, whole ones, and one that is at its end in the first chunk.
@@ -20,41 +20,16 @@ WARM = Sampling(temperature=1.5, top_k=20, top_p=0.95)
 
 def config():
     """With everything that decoding has to remember: keys, values, a convolution's inputs, the key before."""
-    transformer = TransformerConfig(
-        layers=2,
-        width=16,
+    transformer = small_transformer(
         query_heads=4,
-        key_value_heads=2,
         head_dim=4,
-        norm_epsilon=1e-6,
-        feed_forward="swiglu",
         feed_forward_width=32,
-        feed_forward_chunks=1,
-        rotary_base=100.0,
         rotary_fraction=0.5,
-        rotary_scaling=None,
         no_position_layers=(1,),
-        retrieval=RetrievalAids(
-            convolution_width=4,
-            key_shift=True,
-            key_shift_initial=0.7,
-            length_scaled_queries=True,
-            length_scale_initial=0.5,
-            keys_start_as_queries=True,
-        ),
-        attention_window=None,
+        retrieval=retrieval_aids(length_scale_initial=0.5),
         attention_block_size=8,
-        saved_activations="none",
-        compute_dtype="float32",
     )
-    return LanguageModelConfig(
-        name="language",
-        vocabulary_size=V,
-        tied_embedding=False,
-        embedding_scale=1.0,
-        trained_positions=64,
-        transformer=transformer,
-    )
+    return small_language_model(vocabulary_size=V, transformer=transformer)
 
 
 def ring(size, **others):

@@ -22,27 +22,20 @@ from ring_rl.lm.load_model import (
     smollm2_path,
     warn_beyond_trained_positions,
 )
-from ring_rl.lm.model import LanguageModel, LanguageModelConfig
+from ring_rl.lm.model import LanguageModel
 from ring_rl.lm.tokenizer.byte_tokenizer import ByteTokenizer
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.rotary_scaling import LinearScaling
 from ring_rl.training.checkpoint import BestCheckpoints, Checkpointer
 from ring_rl.training.mesh import MeshConfig, make_mesh
 from ring_rl.training.state import TrainState
+from small_models import retrieval_aids, small_language_model, small_transformer
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 TINY_LLAMA = Path(__file__).parent / "pretrained" / "tiny_llama"
 OVERRIDES = ModelOverrides(
     feed_forward_chunks=1, attention_block_size=8, saved_activations="none", rotary_base=None, rotary_scaling=None
 )
-RETRIEVAL = {
-    "convolution_width": 4,
-    "key_shift": True,
-    "key_shift_initial": 0.9,
-    "length_scaled_queries": True,
-    "length_scale_initial": 0.3,
-    "keys_start_as_queries": True,
-}
 
 
 def parallel(**sizes):
@@ -62,36 +55,18 @@ def weights(model):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of two steps, the first of them the better one, and its models by step."""
-    transformer = {
-        "layers": 2,
-        "width": 16,
-        "query_heads": 2,
-        "key_value_heads": 2,
-        "head_dim": 8,
-        "norm_epsilon": 1e-6,
-        "feed_forward": "none",
-        "feed_forward_width": 1,
-        "feed_forward_chunks": 4,
-        "rotary_base": 100.0,
-        "rotary_fraction": 0.0,
-        "rotary_scaling": None,
-        "no_position_layers": [],
-        "retrieval": RETRIEVAL,
-        "attention_window": None,
-        "attention_block_size": 64,
-        "saved_activations": "products",
-        "compute_dtype": "bfloat16",
-    }
-    config = from_mapping(
-        LanguageModelConfig,
-        {
-            "name": "language",
-            "vocabulary_size": 258,
-            "tied_embedding": False,
-            "embedding_scale": 0.5,
-            "trained_positions": 32,
-            "transformer": transformer,
-        },
+    transformer = small_transformer(
+        feed_forward="none",
+        feed_forward_width=1,
+        feed_forward_chunks=4,
+        rotary_fraction=0.0,
+        retrieval=retrieval_aids(key_shift_initial=0.9),
+        attention_block_size=64,
+        saved_activations="products",
+        compute_dtype="bfloat16",
+    )
+    config = small_language_model(
+        vocabulary_size=258, embedding_scale=0.5, trained_positions=32, transformer=transformer
     )
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     models = {step: LanguageModel(config, rngs=nnx.Rngs(step)) for step in (1, 2)}

@@ -17,13 +17,13 @@ from ring_rl.lm.evaluation.run import Questioner, QuestionsConfig
 from ring_rl.lm.key_words import KeyWords, key_words
 from ring_rl.lm.load_model import ModelOverrides, RunSource, load_model
 from ring_rl.lm.loss import make_language_loss
-from ring_rl.lm.model import LanguageModel, LanguageModelConfig
+from ring_rl.lm.model import LanguageModel
 from ring_rl.lm.tasks.compact_lines import TOKENS_PER_LINE, CompactLines
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.nn.transformer import RetrievalAids, TransformerConfig
 from ring_rl.training.checkpoint import Checkpointer
 from ring_rl.training.mesh import MeshConfig, make_mesh
 from ring_rl.training.state import TrainState
+from small_models import retrieval_aids, small_language_model, small_transformer
 
 RINGS = (1, 2, 4, 8)
 LINES, ROWS, MOST_STEPS = 6, 12, 200
@@ -39,8 +39,7 @@ def ring(size):
 
 
 def config(vocabulary_size):
-    transformer = TransformerConfig(
-        layers=2,
+    transformer = small_transformer(
         width=64,
         query_heads=1,
         key_value_heads=1,
@@ -48,28 +47,13 @@ def config(vocabulary_size):
         norm_epsilon=1e-5,
         feed_forward="none",
         feed_forward_width=0,
-        feed_forward_chunks=1,
-        rotary_base=100.0,
         rotary_fraction=0.0,
-        rotary_scaling=None,
-        no_position_layers=(),
-        retrieval=RetrievalAids(
-            convolution_width=7,
-            key_shift=True,
-            key_shift_initial=0.9,
-            length_scaled_queries=True,
-            length_scale_initial=0.3,
-            keys_start_as_queries=True,
-        ),
-        attention_window=None,
+        retrieval=retrieval_aids(convolution_width=7, key_shift_initial=0.9),
         attention_block_size=64,
         saved_activations="all",
-        compute_dtype="float32",
     )
-    return LanguageModelConfig(
-        name="language",
+    return small_language_model(
         vocabulary_size=vocabulary_size,
-        tied_embedding=False,
         embedding_scale=0.5,
         trained_positions=2 * LINES * TOKENS_PER_LINE,
         transformer=transformer,

@@ -6,18 +6,17 @@ import pytest
 from flax import nnx
 
 from ring_rl.lm.key_words import key_words
-from ring_rl.lm.model import LanguageModelConfig
 from ring_rl.lm.rows.compact_lines import CompactLinesConfig, CompactLinesData
 from ring_rl.lm.stages import StageConfig, StageSchedule, make_stages
 from ring_rl.lm.tokenizer.compact_tokenizer import compact_tokenizer
 from ring_rl.lm.tokenizer.load import tokenizer_from_mapping
 from ring_rl.lm.training_task import LossConfig
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.nn.transformer_config import TransformerConfig
 from ring_rl.training.input import InputConfig
 from ring_rl.training.mesh import MeshConfig, make_mesh
 from ring_rl.training.optimizer import AdamWConfig
 from ring_rl.training.step import compile_step
+from small_models import small_language_model, small_transformer
 
 TOKENIZER = compact_tokenizer(key_words("small"))
 OPTIMIZER = AdamWConfig(
@@ -33,38 +32,20 @@ OPTIMIZER = AdamWConfig(
 )
 
 
-def transformer(**changes):
-    values = {
+def model(**changes):
+    trunk = {
         "layers": 1,
-        "width": 16,
-        "query_heads": 2,
         "key_value_heads": 1,
-        "head_dim": 8,
         "norm_epsilon": 1e-5,
         "feed_forward": "none",
         "feed_forward_width": 0,
-        "feed_forward_chunks": 1,
-        "rotary_base": 100.0,
-        "rotary_fraction": 1.0,
-        "rotary_scaling": None,
-        "no_position_layers": (),
-        "retrieval": None,
-        "attention_window": None,
-        "attention_block_size": 16,
         "saved_activations": "all",
-        "compute_dtype": "float32",
     }
-    return TransformerConfig(**(values | changes))
-
-
-def model(**changes):
-    return LanguageModelConfig(
-        name="language",
+    return small_language_model(
         vocabulary_size=TOKENIZER.vocabulary_size,
-        tied_embedding=False,
         embedding_scale=0.1,
         trained_positions=0,
-        transformer=transformer(**changes),
+        transformer=small_transformer(**(trunk | changes)),
     )
 
 

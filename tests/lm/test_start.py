@@ -6,42 +6,25 @@ import pytest
 from flax import nnx
 
 from ring_rl.lm.load_model import LoadedModel, ModelOverrides, RunSource
-from ring_rl.lm.model import LanguageModel, LanguageModelConfig
+from ring_rl.lm.model import LanguageModel
 from ring_rl.lm.start import NewModelConfig, start_from
 from ring_rl.lm.tokenizer.byte_tokenizer import ByteTokenizer
 from ring_rl.lm.tokenizer.load import ByteTokenizerConfig
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.nn.transformer_config import TransformerConfig
 from ring_rl.training.mesh import MeshConfig, make_mesh
+from small_models import small_language_model, small_transformer
 
-TRANSFORMER = TransformerConfig(
+TRANSFORMER = small_transformer(
     layers=1,
     width=8,
     query_heads=1,
     key_value_heads=1,
-    head_dim=8,
     norm_epsilon=1e-5,
     feed_forward="none",
     feed_forward_width=0,
-    feed_forward_chunks=1,
-    rotary_base=100.0,
-    rotary_fraction=1.0,
-    rotary_scaling=None,
-    no_position_layers=(),
-    retrieval=None,
-    attention_window=None,
-    attention_block_size=16,
     saved_activations="all",
-    compute_dtype="float32",
 )
-CONFIG = LanguageModelConfig(
-    name="language",
-    vocabulary_size=256,
-    tied_embedding=True,
-    embedding_scale=0.02,
-    trained_positions=64,
-    transformer=TRANSFORMER,
-)
+CONFIG = small_language_model(vocabulary_size=256, tied_embedding=True, embedding_scale=0.02, transformer=TRANSFORMER)
 
 
 @pytest.fixture(scope="module")

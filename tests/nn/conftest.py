@@ -11,34 +11,23 @@ from jax.sharding import AxisType, Mesh
 
 from ring_rl.kernels.layout import permutation
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.nn.transformer import Transformer, TransformerConfig
+from ring_rl.nn.transformer import Transformer
+from small_models import small_transformer
 
 B, T, M = 4, 32, 16
 AXES = ("dp", "fsdp", "tp", "sp")
 
 
 def config(**changes):
-    values = {
-        "layers": 2,
+    small = {
         "width": M,
         "query_heads": 4,
-        "key_value_heads": 2,
         "head_dim": 4,
-        "norm_epsilon": 1e-6,
         "feed_forward": "gelu",
         "feed_forward_width": 32,
-        "feed_forward_chunks": 1,
-        "rotary_base": 100.0,
-        "rotary_fraction": 1.0,
-        "rotary_scaling": None,
-        "no_position_layers": (),
-        "retrieval": None,
-        "attention_window": None,
         "attention_block_size": 8,
-        "saved_activations": "none",
-        "compute_dtype": "float32",
     }
-    return TransformerConfig(**(values | changes))
+    return small_transformer(**(small | changes))
 
 
 def parallel(*sizes, layout="zigzag", **options):

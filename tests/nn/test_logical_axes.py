@@ -6,7 +6,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from ring_rl.nn.logical_axes import logical_axes, named
-from ring_rl.nn.transformer import RetrievalAids, Transformer
+from ring_rl.nn.transformer import Transformer
+from small_models import retrieval_aids
 
 
 def names_of(state):
@@ -38,14 +39,7 @@ def test_every_parameter_of_a_transformer_names_its_dimensions(transformers):
 
 
 def test_the_parts_of_other_transformers_name_theirs(transformers):
-    aids = RetrievalAids(
-        convolution_width=3,
-        key_shift=True,
-        key_shift_initial=0.5,
-        length_scaled_queries=True,
-        length_scale_initial=0.3,
-        keys_start_as_queries=True,
-    )
+    aids = retrieval_aids(convolution_width=3, key_shift_initial=0.5)
     attention_alone = {name: axes for name, axes in EXPECTED.items() if "feed_forward" not in name}
     _, state = nnx.split(transformers.make(feed_forward="none", feed_forward_width=0, retrieval=aids))
     assert names_of(state) == attention_alone | {

@@ -10,8 +10,8 @@ from flax import nnx
 
 from ring_rl.nn.saved_activations import rematerialised
 from ring_rl.nn.token_context import token_context
-from ring_rl.nn.transformer import RetrievalAids
 from ring_rl.nn.weights import gathered, weight_specs, without_first_dimension
+from small_models import retrieval_aids
 
 LAYERS, UNROLLED_LAYERS, TOKENS, RING_SIZE = 6, 2, 4096, 2
 LOCAL_TOKENS = TOKENS // RING_SIZE
@@ -41,14 +41,7 @@ def unrolled(model, x, positions, parallel, segment_ids):
     return jax.shard_map(run, mesh=local.mesh, in_specs=in_specs, out_specs=tokens)(blocks, x, positions, segment_ids)
 
 
-AIDS = RetrievalAids(
-    convolution_width=4,
-    key_shift=True,
-    key_shift_initial=0.5,
-    length_scaled_queries=True,
-    length_scale_initial=0.3,
-    keys_start_as_queries=True,
-)
+AIDS = retrieval_aids(key_shift_initial=0.5)
 
 
 def compiled(transformers, layout, *, packed, aids, layers, scanned):

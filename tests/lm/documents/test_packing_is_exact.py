@@ -14,10 +14,10 @@ from ring_rl.lm.documents.packed_documents import PackedDocuments
 from ring_rl.lm.documents.packing import PackingConfig
 from ring_rl.lm.documents.tokenized import TokenizedDocument, TokenizedDocuments, TokenizedPart
 from ring_rl.lm.loss import make_language_loss
-from ring_rl.lm.model import LanguageModel, LanguageModelConfig
+from ring_rl.lm.model import LanguageModel
 from ring_rl.nn.parallel import SequenceParallel
-from ring_rl.nn.transformer import RetrievalAids, TransformerConfig
 from ring_rl.training.mesh import MeshConfig, make_mesh
+from small_models import retrieval_aids, small_language_model, small_transformer
 
 V, T = 29, 64
 # Two rows, in which documents begin and end within, and at the edges of, the chunks of every ring.
@@ -27,41 +27,13 @@ LENGTHS = (33, 17, 10, 5, 65, 2)
 @pytest.fixture(scope="module")
 def model():
     """With everything that could look into the document before: attention, positions, a convolution, shifted keys."""
-    transformer = TransformerConfig(
-        layers=2,
-        width=16,
-        query_heads=2,
+    transformer = small_transformer(
         key_value_heads=1,
-        head_dim=8,
-        norm_epsilon=1e-6,
-        feed_forward="swiglu",
-        feed_forward_width=16,
-        feed_forward_chunks=1,
-        rotary_base=100.0,
         rotary_fraction=0.5,
-        rotary_scaling=None,
-        no_position_layers=(),
-        retrieval=RetrievalAids(
-            convolution_width=4,
-            key_shift=True,
-            key_shift_initial=0.7,
-            length_scaled_queries=True,
-            length_scale_initial=0.5,
-            keys_start_as_queries=True,
-        ),
-        attention_window=None,
+        retrieval=retrieval_aids(length_scale_initial=0.5),
         attention_block_size=8,
-        saved_activations="none",
-        compute_dtype="float32",
     )
-    config = LanguageModelConfig(
-        name="language",
-        vocabulary_size=V,
-        tied_embedding=False,
-        embedding_scale=1.0,
-        trained_positions=0,
-        transformer=transformer,
-    )
+    config = small_language_model(vocabulary_size=V, trained_positions=0, transformer=transformer)
     made = LanguageModel(config, rngs=nnx.Rngs(0))
     # Losses that depend on what was read by far more than rounding.
     made.vocabulary.head[...] = made.vocabulary.head[...] * 20.0

@@ -7,32 +7,24 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from omegaconf import OmegaConf
 
-from ring_rl.config import from_mapping
 from ring_rl.lm.evaluation.perplexity import Perplexity, losses_by_position, sliding_losses, truncated_losses
-from ring_rl.lm.model import LanguageModel, LanguageModelConfig
+from ring_rl.lm.model import LanguageModel
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.mesh import MeshConfig, make_mesh
+from small_models import small_language_model, small_transformer
 
 WINDOW, VOCABULARY = 32, 31
 LENGTH = 2 * WINDOW + 21
 
 
 @pytest.fixture(scope="module")
-def model(pytestconfig):
-    transformer = OmegaConf.to_container(OmegaConf.load(pytestconfig.rootpath / "conf/transformer/llama_tiny.yaml"))
-    transformer |= {"layers": 1, "width": 16, "query_heads": 2, "key_value_heads": 1, "head_dim": 8}
-    transformer |= {"feed_forward_width": 16, "feed_forward_chunks": 1, "attention_block_size": 16}
-    config = {
-        "name": "language",
-        "vocabulary_size": VOCABULARY,
-        "tied_embedding": False,
-        "embedding_scale": 1.0,
-        "trained_positions": 0,
-        "transformer": transformer,
-    }
-    made = LanguageModel(from_mapping(LanguageModelConfig, config), rngs=nnx.Rngs(0))
+def model():
+    transformer = small_transformer(
+        layers=1, key_value_heads=1, norm_epsilon=1e-5, rotary_base=10000.0, saved_activations="products"
+    )
+    config = small_language_model(vocabulary_size=VOCABULARY, trained_positions=0, transformer=transformer)
+    made = LanguageModel(config, rngs=nnx.Rngs(0))
     # Losses that differ from token to token, and with what was read, by far more than rounding.
     made.vocabulary.head[...] = made.vocabulary.head[...] * 50.0
     graphdef, state = nnx.split(made)
