@@ -37,7 +37,7 @@ from ring_rl.lm.tokenizer.protocol import Tokenizer
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.fingerprint import fingerprint_of_arrays
 from ring_rl.training.mesh import MeshConfig, request_virtual_devices
-from ring_rl.training.parallel_config import ParallelConfig, make_parallel
+from ring_rl.training.parallel_config import LaidOutParallelConfig, make_parallel
 from ring_rl.training.provenance import device_description, git_commit, versions
 
 T = TypeVar("T", SampleRecord, PerplexityRecord)
@@ -58,7 +58,7 @@ class EvaluateLMConfig:
     output: Path
     label: str | None
     mesh: MeshConfig
-    parallel: ParallelConfig
+    parallel: LaidOutParallelConfig
     virtual_devices: int
 
 
@@ -195,7 +195,7 @@ def measure_perplexity(
 def evaluate_lm(config: EvaluateLMConfig) -> None:
     """Asks what is missing, then prints a table and writes CSV, Markdown, JSON and pictures."""
     request_virtual_devices(config.virtual_devices)
-    parallel = make_parallel(config.mesh, config.parallel)
+    parallel = make_parallel(config.mesh, config.parallel, layout=config.parallel.layout)
     loaded = load_model(config.model, parallel)
     tokenizer = loaded.named_tokenizer()
     warnings.simplefilter("always", UserWarning)

@@ -12,23 +12,14 @@ from ring_rl.agent.episodes.load import DATA_MAY_DIFFER, AnyDataConfig, environm
 from ring_rl.agent.training_task import BatchConfig, make_task
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
-from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
 from ring_rl.training.distributed import DistributedConfig, is_main_process, joined
 from ring_rl.training.input import InputConfig
 from ring_rl.training.loop import LoopConfig
-from ring_rl.training.mesh import MeshConfig, describe_mesh, make_mesh, request_virtual_devices
+from ring_rl.training.mesh import MeshConfig, describe_mesh, request_virtual_devices
 from ring_rl.training.metrics import WandbConfig
 from ring_rl.training.optimizer import OptimizerConfig
+from ring_rl.training.parallel_config import ParallelConfig, make_parallel
 from ring_rl.training.run import MAY_DIFFER, RunConfig, run_training
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How the devices that share a sequence meet, and whether they share the weights; see `SequenceParallel`."""
-
-    strategy: SequenceStrategy
-    ulysses_size: int
-    weights_over_ring: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,13 +52,7 @@ def train_agent(config: TrainAgentConfig, resolved: dict) -> None:
     if config.loop.evaluate_every is not None:
         raise ValueError("this script does not evaluate while it trains; set loop.evaluate_every=null")
     request_virtual_devices(config.virtual_devices)
-    parallel = SequenceParallel(
-        mesh=make_mesh(config.mesh),
-        layout=config.batch.layout,
-        strategy=config.parallel.strategy,
-        ulysses_size=config.parallel.ulysses_size,
-        weight_axes=("fsdp", "sp") if config.parallel.weights_over_ring else ("fsdp",),
-    )
+    parallel = make_parallel(config.mesh, config.parallel, layout=config.batch.layout)
     environment = environment_of(config.data, task=config.task)
     episodes = load_episodes(config.data, task=config.task, progress=is_main_process())
     task = make_task(

@@ -18,7 +18,7 @@ from ring_rl.training.loop import LoopIntervals
 from ring_rl.training.mesh import MeshConfig, describe_mesh, request_virtual_devices
 from ring_rl.training.metrics import WandbConfig
 from ring_rl.training.optimizer import OptimizerConfig
-from ring_rl.training.parallel_config import ParallelConfig, make_parallel
+from ring_rl.training.parallel_config import LaidOutParallelConfig, make_parallel
 from ring_rl.training.run import MAY_DIFFER
 from ring_rl.training.staged_run import StagedRunConfig, run_stages
 
@@ -41,7 +41,7 @@ class TrainLmConfig:
     optimizer: OptimizerConfig
     input: InputConfig
     mesh: MeshConfig
-    parallel: ParallelConfig
+    parallel: LaidOutParallelConfig
     distributed: DistributedConfig
     loop: LoopIntervals
     wandb: WandbConfig
@@ -50,7 +50,7 @@ class TrainLmConfig:
 def train_lm(config: TrainLmConfig, resolved: dict) -> None:
     """Trains all stages, from the last checkpoint if the run folder has one."""
     request_virtual_devices(config.virtual_devices)
-    parallel = make_parallel(config.mesh, config.parallel)
+    parallel = make_parallel(config.mesh, config.parallel, layout=config.parallel.layout)
     start = start_from(
         config.model,
         parallel=parallel,

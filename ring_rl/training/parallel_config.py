@@ -8,28 +8,39 @@ from ring_rl.kernels.layout import Layout
 from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
 from ring_rl.training.mesh import MeshConfig, make_mesh
 
-__all__ = ["ParallelConfig", "make_parallel"]
+__all__ = ["LaidOutParallelConfig", "ParallelConfig", "make_parallel"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the devices that share a sequence meet, and whether they share the weights; see `SequenceParallel`."""
 
-    layout: Layout
     strategy: SequenceStrategy
     ulysses_size: int
     weights_over_ring: bool
 
 
-def make_parallel(mesh: MeshConfig, config: ParallelConfig) -> SequenceParallel:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaidOutParallelConfig(ParallelConfig):
+    """For entry points whose configuration says nowhere else which tokens each of these devices holds."""
+
+    layout: Layout
+
+
+def make_parallel(mesh: MeshConfig, config: ParallelConfig, *, layout: Layout) -> SequenceParallel:
     """The mesh and what its axes are for.
+
+    Args:
+        mesh: Sizes of the axes.
+        config: How the devices that share a sequence work on it.
+        layout: Which of its tokens each of them holds.
 
     Raises:
         ValueError: see `make_mesh` and `SequenceParallel`.
     """
     return SequenceParallel(
         mesh=make_mesh(mesh),
-        layout=config.layout,
+        layout=layout,
         strategy=config.strategy,
         ulysses_size=config.ulysses_size,
         weight_axes=("fsdp", "sp") if config.weights_over_ring else ("fsdp",),
