@@ -15,7 +15,8 @@ class Hardware:
         memory_bytes: High-bandwidth memory.
         bytes_per_second: What it sends to other devices over all of its links together, one way.
         links: Links that this is spread over. A transfer to one neighbour takes one of them: a torus of two
-            dimensions has 4, of three 6; behind a switch the whole bandwidth goes anywhere, which counts as 1.
+            dimensions has 4, of three 6; 8 GPUs joined each to each have 7; behind a switch the whole bandwidth goes
+            anywhere, which counts as 1.
         source: Where the figures are from.
     """
 
@@ -51,6 +52,7 @@ VIRTUAL_CPU = Hardware(
 
 _PAPER = "table 2 of arXiv:2310.01889; links: "
 _SWITCH = "one switch"
+_NDR = "; one 400 Gb/s port (InfiniBand NDR) a GPU, as in {}"
 _HARDWARE = (
     Hardware(
         name="A100 NVLink",
@@ -85,12 +87,55 @@ _HARDWARE = (
         source="NVIDIA H200 data sheet, SXM: bf16 without sparsity; NVLink 900 GB/s counts both ways",
     ),
     Hardware(
+        name="B200 NVLink",
+        flops_per_second=2250e12,
+        memory_bytes=180e9,
+        bytes_per_second=900e9,
+        links=1,
+        source="NVIDIA HGX B200 data sheet: bf16 without sparsity; NVLink 1.8 TB/s counts both ways; memory: DGX B200 "
+        "user guide, 1440 GB of 8 GPUs",
+    ),
+    Hardware(
+        name="H100 InfiniBand",
+        flops_per_second=989e12,
+        memory_bytes=80e9,
+        bytes_per_second=50e9,
+        links=1,
+        source="NVIDIA H100 data sheet, SXM: bf16 without sparsity" + _NDR.format("DGX H100"),
+    ),
+    Hardware(
+        name="H200 InfiniBand",
+        flops_per_second=989e12,
+        memory_bytes=141e9,
+        bytes_per_second=50e9,
+        links=1,
+        source="NVIDIA H200 data sheet, SXM: bf16 without sparsity" + _NDR.format("DGX H200"),
+    ),
+    Hardware(
+        name="B200 InfiniBand",
+        flops_per_second=2250e12,
+        memory_bytes=180e9,
+        bytes_per_second=50e9,
+        links=1,
+        source="NVIDIA HGX B200 data sheet: bf16 without sparsity; memory: DGX B200 user guide, 1440 GB of 8 GPUs"
+        + _NDR.format("DGX B200"),
+    ),
+    Hardware(
+        name="MI300X",
+        flops_per_second=1307.4e12,
+        memory_bytes=192e9,
+        bytes_per_second=448e9,
+        links=7,
+        source="AMD Instinct MI300X data sheet: bf16 without sparsity; 7 Infinity Fabric links to the other 7 GPUs of a "
+        "node, 128 GB/s each, which counts both ways",
+    ),
+    Hardware(
         name="TPU v3",
         flops_per_second=123e12,
         memory_bytes=16e9,
         bytes_per_second=112e9,
         links=4,
-        source=_PAPER + "2D torus",
+        source=_PAPER + "2D torus; the memory is that of one of a chip's two cores",
     ),
     Hardware(
         name="TPU v4",
@@ -106,7 +151,7 @@ _HARDWARE = (
         memory_bytes=16e9,
         bytes_per_second=186e9,
         links=4,
-        source=_PAPER + "2D torus",
+        source=_PAPER + "2D torus; Google Cloud documentation has 197 TFLOP/s, and 400 GB/s both ways",
     ),
     Hardware(
         name="TPU v5p",
@@ -139,15 +184,22 @@ _TPU_KINDS = {
     "tpu v6 lite": "TPU v6e",
     "tpu v6e": "TPU v6e",
 }
-_GPU_WORDS = {"a100": "A100 NVLink", "h100": "H100 NVLink", "h200": "H200 NVLink"}
+_GPU_WORDS = {
+    "a100": "A100 NVLink",
+    "h100": "H100 NVLink",
+    "h200": "H200 NVLink",
+    "b200": "B200 NVLink",
+    "mi300x": "MI300X",
+}
 
 
 def hardware_for(device_kind: str) -> Hardware:
     """The entry of `HARDWARE` for what jax reports as a device's `device_kind`, such as "NVIDIA H100 80GB HBM3".
 
-    GPUs are taken to be joined by NVLink; that they are not, or that a card is not of the SXM form, a kind does not
-    say: pass your own `Hardware` then. CPUs and kinds without an entry give `VIRTUAL_CPU`, on which a ring always
-    hides its transfers: where nothing is known, what needs least memory is chosen.
+    NVIDIA's are taken to be joined by NVLink; that they are not, or that a card is not of the SXM form, a kind does
+    not say: pass your own `Hardware` then. GH200 and GB200 count as the H200 and B200 in them. CPUs and kinds without
+    an entry give `VIRTUAL_CPU`, on which a ring always hides its transfers: where nothing is known, what needs least
+    memory is chosen.
     """
     kind = device_kind.casefold().strip()
     if kind in _TPU_KINDS:

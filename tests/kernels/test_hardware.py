@@ -12,6 +12,9 @@ from ring_rl.kernels.hardware import HARDWARE, VIRTUAL_CPU, hardware_for
         ("NVIDIA A100-SXM4-80GB", "A100 NVLink"),
         ("NVIDIA H100 80GB HBM3", "H100 NVLink"),
         ("NVIDIA H200", "H200 NVLink"),
+        ("NVIDIA B200", "B200 NVLink"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("AMD Instinct MI300X VF", "MI300X"),
         ("TPU v3", "TPU v3"),
         ("TPU v4", "TPU v4"),
         ("TPU v5 lite", "TPU v5e"),
@@ -35,6 +38,10 @@ def test_the_devices_of_this_test_run_have_free_transfers():
 def test_a_torus_gives_one_neighbour_one_link():
     assert HARDWARE["TPU v5p"].neighbour_bytes_per_second == pytest.approx(100e9)
     assert HARDWARE["H100 NVLink"].neighbour_bytes_per_second == 450e9
+
+
+def test_gpus_joined_each_to_each_give_one_neighbour_one_link():
+    assert HARDWARE["MI300X"].neighbour_bytes_per_second == pytest.approx(64e9)
 
 
 def test_every_entry_says_where_it_is_from():
