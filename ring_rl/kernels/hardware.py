@@ -126,8 +126,8 @@ _HARDWARE = (
         memory_bytes=192e9,
         bytes_per_second=448e9,
         links=7,
-        source="AMD Instinct MI300X data sheet: bf16 without sparsity; 7 Infinity Fabric links to the other 7 GPUs of a "
-        "node, 128 GB/s each, which counts both ways",
+        source="AMD Instinct MI300X data sheet: bf16 without sparsity; 7 Infinity Fabric links to the other 7 GPUs of "
+        "a node, 128 GB/s each, which counts both ways",
     ),
     Hardware(
         name="TPU v3",
