@@ -76,6 +76,7 @@ class Attention(nnx.Module):
             strategy=parallel.strategy if axes or dense else "blockwise",
             segment_ids=context.segment_ids,
             log_sum_exp_gradient=False,
+            local=parallel.local_block,
             block_size=self.block_size,
         ).out
         return parallel.sum_over_tensor_axis(self._merge_heads(out))

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ring_rl.kernels.layout import Layout, check_length
+from ring_rl.kernels.local.block import LocalBlock, LocalName
 from ring_rl.kernels.strategies.ulysses import check_heads
 from ring_rl.typing import Array, Shaped
 
@@ -34,6 +35,8 @@ class SequenceParallel:
             With `sequence_axis` among them the devices that share a sequence share the weights, too.
         tensor_axis: The mesh axis that heads, the feed-forward's width and the vocabulary are sharded over.
         sequence_axis: The mesh axis that token axes are sharded over.
+        local_block: What computes one device's share of attention; see `ring_rl.kernels.attention`. "auto" is the best
+            one of the platform that runs; a program for another platform needs its block named.
     """
 
     mesh: Mesh
@@ -44,6 +47,7 @@ class SequenceParallel:
     weight_axes: tuple[str, ...] = ("fsdp",)
     tensor_axis: str = "tp"
     sequence_axis: str = "sp"
+    local_block: LocalName | LocalBlock = "auto"
 
     def __post_init__(self) -> None:
         if self.strategy not in SEQUENCE_STRATEGIES:
@@ -154,6 +158,7 @@ class SequenceParallel:
             weight_axes=weight_axes,
             tensor_axis=self.tensor_axis if self.size(self.tensor_axis) > 1 else None,
             sequence_axes=sequence_axes,
+            local_block=self.local_block,
         )
 
     def _present(self, axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -172,6 +177,7 @@ class LocalParallel:
         weight_axes: The mesh axes that weights are gathered over.
         tensor_axis: The mesh axis whose devices share the heads, or None.
         sequence_axes: The mesh axes that tokens are sharded over: none, one, or (ring, ulysses).
+        local_block: As in `SequenceParallel`.
     """
 
     mesh: Mesh
@@ -181,6 +187,7 @@ class LocalParallel:
     weight_axes: tuple[str, ...]
     tensor_axis: str | None
     sequence_axes: tuple[str, ...]
+    local_block: LocalName | LocalBlock
 
     @property
     def token_axes(self) -> tuple[str, ...]:
