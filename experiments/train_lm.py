@@ -10,7 +10,7 @@ from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.lm.stages import StageConfig, make_stages
 from ring_rl.lm.start import StartConfig, start_from
-from ring_rl.lm.training_data import TrainingDataConfig, open_training_data, vocabulary_size
+from ring_rl.lm.training_data import TrainingDataConfig, data_places, open_training_data, vocabulary_size
 from ring_rl.lm.training_task import LANGUAGE_MAY_DIFFER, LossConfig
 from ring_rl.training.distributed import DistributedConfig, is_main_process, joined
 from ring_rl.training.input import InputConfig
@@ -87,6 +87,7 @@ def train_lm(config: TrainLmConfig, resolved: dict) -> None:
         may_differ=(
             *MAY_DIFFER,
             *LANGUAGE_MAY_DIFFER,
+            *data_places(config.training_data, path="training_data"),
             *(f"stages.{name}.accumulation_steps" for name in config.stages),
         ),
         headline=f"{config.label}: {describe_mesh(parallel.mesh)}, {config.parallel.layout} layout",

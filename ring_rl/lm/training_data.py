@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from ring_rl.lm.rows.compact_lines import CompactLinesConfig, CompactLinesData
 from ring_rl.lm.rows.documents import DocumentRowsConfig, DocumentsData
 from ring_rl.lm.rows.longeval import LongEvalConfig, LongEvalData
-from ring_rl.lm.rows.mixture import MixedRows
+from ring_rl.lm.rows.mixture import MixedPart, MixedRows
 from ring_rl.lm.tokenizer.protocol import Tokenizer
 from ring_rl.training.input import RowSource
 
@@ -17,6 +17,7 @@ __all__ = [
     "MixturePart",
     "TrainingData",
     "TrainingDataConfig",
+    "data_places",
     "open_training_data",
     "vocabulary_size",
 ]
@@ -30,10 +31,13 @@ class MixturePart:
 
     Attributes:
         share: of the rows, in any unit.
+        target_weight: what each of its targets counts in the loss. The loss is a mean over targets of all rows, so a
+            part that learns from few of its tokens, as answers are, weighs little at 1.
         data: which.
     """
 
     share: float
+    target_weight: float
     data: PartConfig
 
 
@@ -97,17 +101,17 @@ class MixtureData:
 
     def rows(self, *, length: int, lines: int | None, short_share: float, seed: tuple[int, ...]) -> MixedRows:
         """Rows of `length` tokens."""
-        rows = {
-            name: part.rows(
+        parts = {}
+        for number, (name, part) in enumerate(self._parts.items()):
+            rows = part.rows(
                 length=length,
                 lines=lines,
                 short_share=0.0 if isinstance(part, DocumentsData) else short_share,
                 seed=(*seed, number),
             )
-            for number, (name, part) in enumerate(self._parts.items())
-        }
-        shares = [self._config.parts[name].share for name in self._parts]
-        return MixedRows(rows, shares, seed=(*seed, len(self._parts)))
+            config = self._config.parts[name]
+            parts[name] = MixedPart(rows=rows, share=config.share, target_weight=config.target_weight)
+        return MixedRows(parts, seed=(*seed, len(self._parts)))
 
 
 def open_training_data(config: TrainingDataConfig, tokenizer: Tokenizer, *, progress: bool) -> TrainingData:
@@ -140,3 +144,22 @@ def vocabulary_size(config: TrainingDataConfig, tokenizer: Tokenizer) -> int:
             return max([tokenizer.vocabulary_size, *sizes])
         case _:
             return tokenizer.vocabulary_size
+
+
+def data_places(config: TrainingDataConfig, *, path: str) -> tuple[str, ...]:
+    """Dotted paths that say where data lie and not what they are: a run may go on when a folder has moved.
+
+    Args:
+        config: of the configuration's key `path`.
+        path: dotted.
+    """
+    match config:
+        case DocumentRowsConfig():
+            return f"{path}.documents.token_cache", f"{path}.documents.source.root"
+        case MixtureConfig():
+            parts = config.parts.items()
+            return tuple(
+                place for name, part in parts for place in data_places(part.data, path=f"{path}.parts.{name}.data")
+            )
+        case _:
+            return ()

@@ -11,6 +11,7 @@ import yaml
 
 from ring_rl.training.metrics import read_metrics
 from ring_rl.training.provenance import read_starts
+from ring_rl.training.stage_records import read_stage_records
 
 __all__ = ["Goal", "SavedRun", "dotted", "find_runs", "read_run"]
 
@@ -129,13 +130,28 @@ def _read_config(path: pathlib.Path) -> Mapping[str, Any]:
     return config
 
 
+def _unfinished(run: SavedRun, steps_key: str) -> str | None:
+    """Why the run is not at its end: its steps are not taken, or, where it has stages, not all of these are over."""
+    steps, stages = run.config.get(steps_key), {key.split(".")[1] for key in run.config if key.startswith("stages.")}
+    if isinstance(steps, int):
+        left = f"of {steps}" if run.last_step < steps else None
+    elif stages:
+        try:
+            waiting = sorted(stages - set(read_stage_records(run.path)))
+        except ValueError as error:
+            return str(error)
+        left = f"with {', '.join(waiting)} not finished" if waiting else None
+    else:
+        return f"its configuration has no {steps_key}, and no stages"
+    if left is None:
+        return None
+    diverged = any((run.path / "offending_batch").glob("*"))
+    return f"{'diverged' if diverged else 'stopped'} at step {run.last_step} {left}"
+
+
 def _problem(run: SavedRun, steps_key: str, goals: Mapping[str, Goal]) -> str | None:
-    steps = run.config.get(steps_key)
-    if not isinstance(steps, int):
-        return f"its configuration has no {steps_key}"
-    if (last := run.last_step) < steps:
-        diverged = any((run.path / "offending_batch").glob("*"))
-        return f"{'diverged' if diverged else 'stopped'} at step {last} of {steps}"
+    if (unfinished := _unfinished(run, steps_key)) is not None:
+        return unfinished
     for metric in goals:
         if not run.curve(metric)[1]:
             present = ", ".join(sorted({key for record in run.records for key in record} - {"step"}))

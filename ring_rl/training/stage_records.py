@@ -48,8 +48,11 @@ def read_stage_records(run_dir: pathlib.Path) -> dict[str, StageRecord]:
         ValueError: the file is damaged.
     """
     file = run_dir / _STAGES
-    known = json.loads(file.read_text()) if file.exists() else {}
-    return {name: from_mapping(StageRecord, facts, path=name) for name, facts in known.items()}
+    try:
+        known = json.loads(file.read_text()) if file.exists() else {}
+        return {name: from_mapping(StageRecord, facts, path=name) for name, facts in known.items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); repair it, or train again in another folder") from None
 
 
 def record_of_stage(file: pathlib.Path, stage: str, facts: Mapping[str, Any]) -> None:

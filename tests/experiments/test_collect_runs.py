@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ring_rl.training.run import MAY_DIFFER
+from ring_rl.training.stage_records import StageRecord, write_stage_record
 
 REPOSITORY = Path(__file__).parents[2]
 OUTPUTS = {"table.csv", "table.md", "runs.csv", "summary.json", "loss_curves.png", "loss_final.png"}
@@ -79,6 +80,33 @@ def test_a_table_is_replaced_only_when_asked(collect, refused):
     assert (output / "table.md").read_text() == "mine"
     collect("overwrite=true")
     assert (output / "table.md").read_text() != "mine"
+
+
+def test_a_run_in_stages_counts_when_all_of_them_are_over(collect, runs):
+    """As those of language models: how many steps they take is known at their end only."""
+    for run in runs.glob("*/*"):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        del config["loop"]
+        (run / "config.yaml").write_text(yaml.safe_dump({**config, "stages": {"short": {"steps": 9}, "long": {}}}))
+        for number, name in enumerate(["short", "long"] if run.name != "seed_1" else ["short"]):
+            record = StageRecord(
+                name=name,
+                first_step=2 * number,
+                last_step=2 * number + 2,
+                tokens=1,
+                advanced=True,
+                compile_seconds=1.0,
+                train_seconds=1.0,
+                resumed=False,
+            )
+            write_stage_record(run, record)
+    (runs / "rate_0.1" / "seed_2" / "stages.json").write_text("{")
+    left_out = json.loads((collect() / "summary.json").read_text())["left_out"]
+    damaged = left_out.pop(str(runs / "rate_0.1" / "seed_2"))
+    assert "stages.json is damaged" in damaged
+    assert left_out == {
+        str(runs / f"rate_{rate}" / "seed_1"): "stopped at step 4 with long not finished" for rate in (0.1, 0.2)
+    }
 
 
 @pytest.mark.parametrize(

@@ -141,17 +141,15 @@ def test_a_trained_model_is_where_another_training_begins(train_lm, finished, tm
     assert metadata.model_config["trained_positions"] == 288
 
 
-def test_documents_are_learned(train_lm, tmp_path):
+def test_documents_are_learned_and_may_move(train_lm, tmp_path):
     texts = tmp_path / "texts"
     texts.mkdir()
     for number in range(4):
         (texts / f"{number}.txt").write_text("so long, and thanks for all the fish. " * (3 + number))
-    train_lm(
-        tmp_path / "run",
+    options = [
         "model=new_llama",
         "training_data=documents",
         "documents@training_data.documents=text_folder",
-        f"training_data.documents.source.root={texts}",
         "stages=single",
         "model.transformer.layers=1",
         "model.transformer.width=16",
@@ -165,11 +163,14 @@ def test_documents_are_learned(train_lm, tmp_path):
         "loop.log_every=1",
         "wandb.mode=disabled",
         *ONE_DEVICE,
-        small=False,
-    )
+    ]
+    train_lm(tmp_path / "run", *options, f"training_data.documents.source.root={texts}", small=False)
     curve = losses(tmp_path / "run")
     assert abs(curve[0] - np.log(256)) < 0.3
     assert curve[-1] < curve[0]
+    moved = texts.rename(tmp_path / "moved")
+    train_lm(tmp_path / "run", *options, f"training_data.documents.source.root={moved}", small=False)
+    assert losses(tmp_path / "run") == curve
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from ring_rl.config import from_mapping
 from ring_rl.hydra_config import resolve
 from ring_rl.lm.tokenizer.byte_tokenizer import ByteTokenizer
-from ring_rl.lm.training_data import MixtureConfig, open_training_data, vocabulary_size
+from ring_rl.lm.training_data import MixtureConfig, data_places, open_training_data, vocabulary_size
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -58,3 +58,8 @@ def test_documents_and_mixtures_are_measured_in_tokens(mixture):
         documents.row_length(length=None, lines=8)
     with pytest.raises(ValueError, match=r"documents are as long as they are, got short_share=0\.5"):
         documents.rows(length=64, lines=None, short_share=0.5, seed=(0,))
+
+
+def test_what_says_where_data_lie_is_named(mixture):
+    below = "training_data.parts.documents.data.documents"
+    assert data_places(mixture, path="training_data") == (f"{below}.token_cache", f"{below}.source.root")
