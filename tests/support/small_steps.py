@@ -1,0 +1,47 @@
+"""Small training steps that the planner's tests share: each test names only what it is about."""
+
+import dataclasses
+from typing import Any
+
+from ring_rl.planning.compiled_step import StepRequest
+from ring_rl.training.mesh import MeshConfig
+from ring_rl.training.optimizer import AdamWConfig
+from small_models import small_language_model, small_transformer
+
+_ADAMW = AdamWConfig(
+    name="adamw",
+    learning_rate=1e-3,
+    weight_decay=0.01,
+    beta1=0.9,
+    beta2=0.98,
+    warmup_steps=1,
+    schedule="constant",
+    final_learning_rate_fraction=1.0,
+    gradient_clip_norm=1.0,
+)
+
+
+def small_request(
+    *, transformer: dict[str, Any] | None = None, mesh: dict[str, int] | None = None, **changes: Any
+) -> StepRequest:
+    """One sequence of 64 tokens on one device; `transformer` and `mesh` change theirs, `changes` the request."""
+    vocabulary_size = changes.pop("vocabulary_size", 32)
+    model = small_language_model(
+        transformer=small_transformer(**(transformer or {})),
+        vocabulary_size=vocabulary_size,
+        tied_embedding=changes.pop("tied_embedding", False),
+    )
+    small = StepRequest(
+        model=model,
+        mesh=MeshConfig(**{"dp": 1, "fsdp": 1, "tp": 1, "sp": 1, **(mesh or {})}),
+        layout="zigzag",
+        strategy="ring",
+        ulysses_size=1,
+        weights_over_ring=False,
+        context=64,
+        batch_size=1,
+        loss_chunks=1,
+        optimizer=_ADAMW,
+        attention_block="auto",
+    )
+    return dataclasses.replace(small, **changes)
