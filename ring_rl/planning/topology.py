@@ -29,6 +29,7 @@ __all__ = [
     "devices_of",
     "generation_of",
     "machine_named",
+    "require_libtpu",
     "smallest_slice",
     "tpu_slice",
 ]
@@ -219,8 +220,7 @@ def describe_topology(topology: str) -> list[Any]:
         ImportError: libtpu is not installed.
         ValueError: libtpu does not know the topology.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError("libtpu is not installed; install the extra: pip install -e '.[tpu-compile]'")
+    require_libtpu()
     from jax.experimental import topologies
 
     os.environ.update({key: value for key, value in _NO_TPU_HERE.items() if key not in os.environ})
@@ -235,3 +235,9 @@ def describe_topology(topology: str) -> list[Any]:
     except Exception as error:  # libtpu raises what it likes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"libtpu cannot describe topology {topology!r}: {reason}") from None
+
+
+def require_libtpu() -> None:
+    """Raises ImportError unless libtpu is installed."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError("libtpu is not installed; install the extra: pip install -e '.[tpu-compile]'")

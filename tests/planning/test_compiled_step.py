@@ -10,33 +10,7 @@ from ring_rl.config import from_mapping, to_mapping
 from ring_rl.planning.compiled_step import StepRequest, compile_memory, lower_step, parse_refusal
 from ring_rl.planning.topology import devices_of, machine_named, tpu_slice
 from ring_rl.training.mesh import MeshConfig
-from ring_rl.training.optimizer import AdamWConfig
 from small_models import small_language_model, small_transformer
-
-OPTIMIZER = AdamWConfig(
-    name="adamw",
-    learning_rate=1e-3,
-    weight_decay=0.0,
-    warmup_steps=0,
-    schedule="constant",
-    final_learning_rate_fraction=1.0,
-    gradient_clip_norm=None,
-    beta1=0.9,
-    beta2=0.98,
-)
-RING = StepRequest(
-    model=small_language_model(),
-    mesh=MeshConfig(dp=1, fsdp=1, tp=1, sp=2),
-    layout="zigzag",
-    strategy="ring",
-    ulysses_size=1,
-    weights_over_ring=True,
-    context=256,
-    batch_size=1,
-    loss_chunks=2,
-    optimizer=OPTIMIZER,
-    attention_block="auto",
-)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +25,12 @@ def parameters(request):
     return 2 * v * m.width + m.layers * layer + m.width
 
 
-def test_a_longer_context_needs_more_and_the_state_is_shared(devices):
-    short = compile_memory(RING, devices)
-    long = compile_memory(dataclasses.replace(RING, context=1024), devices)
+def test_a_longer_context_needs_more_and_the_state_is_shared(devices, ring_request):
+    short = compile_memory(ring_request, devices)
+    long = compile_memory(dataclasses.replace(ring_request, context=1024), devices)
     assert 0 < short.state_bytes < short.peak_bytes < long.peak_bytes
     # Three float32 numbers a parameter, over two devices but for what is small; and some counts.
-    assert short.state_bytes == pytest.approx(12 * parameters(RING) / 2, rel=0.1)
+    assert short.state_bytes == pytest.approx(12 * parameters(ring_request) / 2, rel=0.1)
     assert long.state_bytes == short.state_bytes
     assert short.fits(short.peak_bytes)
     assert not short.fits(short.peak_bytes - 1)
@@ -64,13 +38,13 @@ def test_a_longer_context_needs_more_and_the_state_is_shared(devices):
     assert short.compile_seconds > 0
 
 
-def test_weights_kept_whole_on_every_device_are_counted_whole(devices):
-    whole = dataclasses.replace(RING, weights_over_ring=False)
-    assert lower_step(whole, devices)[1] == pytest.approx(12 * parameters(RING), rel=0.01)
+def test_weights_kept_whole_on_every_device_are_counted_whole(devices, ring_request):
+    whole = dataclasses.replace(ring_request, weights_over_ring=False)
+    assert lower_step(whole, devices)[1] == pytest.approx(12 * parameters(ring_request), rel=0.01)
 
 
-def test_a_request_is_plain_data():
-    assert from_mapping(StepRequest, to_mapping(RING)) == RING
+def test_a_request_is_plain_data(ring_request):
+    assert from_mapping(StepRequest, to_mapping(ring_request)) == ring_request
 
 
 @pytest.mark.parametrize(
@@ -83,9 +57,9 @@ def test_a_request_is_plain_data():
         ({"strategy": "dense"}, "needs each sequence whole"),
     ],
 )
-def test_what_does_not_fit_together_is_refused_before_compiling(devices, changes, says):
+def test_what_does_not_fit_together_is_refused_before_compiling(devices, changes, says, ring_request):
     with pytest.raises(ValueError, match=says):
-        lower_step(dataclasses.replace(RING, **changes), devices)
+        lower_step(dataclasses.replace(ring_request, **changes), devices)
 
 
 HBM = (
@@ -113,7 +87,7 @@ def test_only_a_want_of_device_memory_is_a_refusal(message, found):
     assert parse_refusal(message) == found
 
 
-def test_a_refusal_is_an_answer_and_any_other_failure_is_not(devices, monkeypatch):
+def test_a_refusal_is_an_answer_and_any_other_failure_is_not(devices, monkeypatch, ring_request):
     def failing(message):
         def compile(self):
             raise jax.errors.JaxRuntimeError(message)
@@ -121,23 +95,23 @@ def test_a_refusal_is_an_answer_and_any_other_failure_is_not(devices, monkeypatc
         return compile
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing(HBM))
-    refused = compile_memory(RING, devices)
+    refused = compile_memory(ring_request, devices)
     assert refused.peak_bytes is None
     assert not refused.fits(2**60)
     assert refused.wanted_bytes > refused.limit_bytes == int(15.75 * 2**30)
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing("INTERNAL: a bug"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-        compile_memory(RING, devices)
+        compile_memory(ring_request, devices)
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu (700 MB, extra tpu-compile) is not installed"
 )
 @pytest.mark.parametrize("block", ["auto", "xla"])
-def test_a_tpu_that_is_not_here_compiles_with_its_own_block(block):
+def test_a_tpu_that_is_not_here_compiles_with_its_own_block(block, ring_request):
     model = small_language_model(transformer=small_transformer(attention_block_size=128, compute_dtype="bfloat16"))
     mesh = MeshConfig(dp=1, fsdp=1, tp=1, sp=4)
-    request = dataclasses.replace(RING, model=model, mesh=mesh, context=2048, attention_block=block)
+    request = dataclasses.replace(ring_request, model=model, mesh=mesh, context=2048, attention_block=block)
     memory = compile_memory(request, devices_of(tpu_slice("v5e-4")))
     assert memory.state_bytes < memory.peak_bytes < 2**28
     assert memory.attention_block == ("xla" if block == "xla" else "pallas_tpu")

@@ -1,0 +1,291 @@
+"""A table searched with a made-up compiler: what is asked, what is not, what is said of it."""
+
+import csv
+import dataclasses
+import json
+import re
+import threading
+from pathlib import Path
+
+import pytest
+
+from ring_rl.planning.attentions import AttentionVariant, StepSettings
+from ring_rl.planning.compile_process import CompilationFailedError, CompileProcesses
+from ring_rl.planning.forecast import Forecast, duration
+from ring_rl.planning.limits import LimitsConfig, PublishedContexts, Row, plan_of, search_cells
+from ring_rl.planning.limits_report import headline, ratio, table_rows, write_limits
+from ring_rl.planning.probe_cache import open_probe_cache
+from small_models import small_transformer
+
+GB = 10**9
+SLICE, NODE = "v5e-8", "gpu:2xA100-80GB"
+
+
+@pytest.fixture
+def config(ring_request, tmp_path):
+    def variant(label, strategy, over, ulysses_size=1):
+        return AttentionVariant(
+            label=label,
+            strategy=strategy,
+            sequence_over_devices=over,
+            ulysses_size=ulysses_size,
+            saved_activations="none",
+            feed_forward_blockwise=True,
+        )
+
+    return LimitsConfig(
+        name="test",
+        models={"small": small_transformer()},
+        rows=(Row(model="small", machine=SLICE), Row(model="small", machine=NODE)),
+        columns=("vanilla", "blockwise", "ring"),
+        attentions={
+            "vanilla": variant("vanilla", "dense", False),
+            "blockwise": variant("blockwise", "ring", False),
+            "ring": variant("ring", "ring", True),
+            "ulysses": variant("Ulysses", "ulysses", True),
+            "hybrid": variant("hybrid", "hybrid", True, ulysses_size=3),
+        },
+        settings=StepSettings(
+            layout="zigzag",
+            vocabulary_size=64,
+            tied_embedding=False,
+            feed_forward_block=256,
+            loss_block=256,
+            attention_block="auto",
+            tpu_dtype="bfloat16",
+            gpu_dtype="float32",
+            optimizer=ring_request.optimizer,
+        ),
+        quantum=1024,
+        largest_tokens_a_device=2**20,
+        significant_bits=4,
+        expected_seconds=10.0,
+        expectation="a guess",
+        processes=2,
+        probes=tmp_path / "probes.jsonl",
+        output=tmp_path / "output",
+        published=PublishedContexts(
+            source="a paper", differs=(), contexts={SLICE: {"small": {"blockwise": 16, "ring": 512}}}
+        ),
+        dry_run=False,
+        partial=False,
+        overwrite=False,
+    )
+
+
+class MadeUpCompilers(CompileProcesses):
+    """1 GB and 0.1 GB a thousand tokens; with dense attention as much a million pairs. Counts what it is asked."""
+
+    def __init__(self, compiled, failing=()):
+        super().__init__()
+        self.asked, self._compiled, self._failing = [], compiled, failing
+        self._together = threading.Lock()
+
+    def compile(self, request, machine):
+        with self._together:
+            self.asked.append((machine.name, request))
+        if request.strategy in self._failing:
+            raise CompilationFailedError("a bug")
+        thousands = request.context / max(request.mesh.sp, 1) / 1024
+        peak = int(GB + 0.1 * GB * (thousands**2 if request.strategy == "dense" else thousands))
+        if peak <= machine.memory_bytes:
+            return self._compiled(peak_bytes=peak)
+        return self._compiled(peak_bytes=None, wanted_bytes=peak, limit_bytes=machine.memory_bytes)
+
+
+@pytest.fixture
+def searched(config, compiled):
+    """`searched()`: results, compilers, and the forecast; what is known is kept between calls."""
+
+    def search(config=config, **options):
+        with open_probe_cache(config.probes) as cache, MadeUpCompilers(compiled, **options) as compilers:
+            forecast = Forecast(
+                [plan_of(config, cell) for cell in config.cells], cache, expected_seconds=config.expected_seconds
+            )
+            said = forecast.describe(config)
+            found = search_cells(
+                forecast.plans,
+                cache,
+                compilers,
+                workers=2,
+                on_probe=lambda plan, length, memory: forecast.compiled(plan, memory),
+                on_done=forecast.finished,
+            )
+            return {each.plan.cell: each for each in found}, compilers, forecast, said
+
+    return search
+
+
+def test_every_cell_ends_between_what_fits_and_what_does_not(config, searched):
+    results, compilers, _, _ = searched()
+    found = {(cell.row.machine, cell.attention): each for cell, each in results.items()}
+    # (15.75 GiB - 1 GB) / 0.1 GB = 159 thousand on a grid of 144, 160; its root is 12.6; 790 on one of 768, 832.
+    assert found[SLICE, "blockwise"].context == 144 * 1024
+    assert found[SLICE, "ring"].context == 8 * 144 * 1024
+    assert found[SLICE, "vanilla"].context == 12 * 1024
+    assert found[NODE, "ring"].context == 2 * 768 * 1024
+    for each in results.values():
+        assert each.final
+        grid = each.plan.lengths
+        assert each.failing_tokens_a_device == grid[grid.index(each.tokens_a_device) + 1]
+        assert {each.tokens_a_device, each.failing_tokens_a_device} <= set(each.known)
+        assert each.peak_bytes <= each.plan.machine.memory_bytes
+        assert len(each.known) <= 5
+    assert len(compilers.asked) == sum(len(each.known) for each in results.values())
+
+
+def test_nothing_is_compiled_twice(config, searched):
+    first, _, _, said = searched()
+    assert "6 of 6 cells are left, about 24 compilations in 2 processes: about 2 min, by a guess" in said
+    again, compilers, _, said = searched()
+    assert compilers.asked == []
+    assert said.startswith("all 6 cells are known from")
+    assert {cell: each.context for cell, each in again.items()} == {cell: each.context for cell, each in first.items()}
+
+
+def test_a_search_goes_on_where_it_was_killed(config, searched):
+    whole, *_ = searched()
+    lines = config.probes.read_text().splitlines(keepends=True)
+    config.probes.write_text("".join(lines[:9]) + lines[9][:40])
+    again, rest, _, said = searched()
+    assert {cell: each.context for cell, each in again.items()} == {cell: each.context for cell, each in whole.items()}
+    assert len(rest.asked) == len(lines) - 9
+    assert "by timed ones; 9 known" in said
+
+
+def test_a_compiler_that_fails_ends_its_own_cell_and_is_asked_again_next_time(config, searched):
+    results, _, forecast, _ = searched(failing=("dense",))
+    by_name = {(cell.row.machine, cell.attention): each for cell, each in results.items()}
+    assert by_name[SLICE, "vanilla"].failure == "a bug"
+    assert by_name[SLICE, "vanilla"].context is None
+    assert by_name[SLICE, "ring"].context == 8 * 144 * 1024
+    assert forecast.remaining == 0
+    assert [line[2] for line in table_rows(config, results)[1:]] == ["failed", "failed"]
+    _, compilers, _, _ = searched()
+    assert {request.strategy for _, request in compilers.asked} == {"dense"}
+
+
+def test_the_forecast_counts_down_and_learns_from_timed_compilations(config, searched):
+    _, compilers, forecast, _ = searched()
+    assert forecast.done == len(compilers.asked)
+    assert (forecast.remaining, forecast.total) == (0, forecast.done)
+    assert forecast.seconds() == 0
+    # Of one machine all is forgotten, where a probe took 3 seconds.
+    lines = [line for line in config.probes.read_text().splitlines() if '"machine": "cpu' not in line]
+    config.probes.write_text("\n".join(lines) + "\n")
+    with open_probe_cache(config.probes) as cache:
+        forecast = Forecast([plan_of(config, cell) for cell in config.cells], cache, expected_seconds=10.0)
+    assert (forecast.cells_left, forecast.remaining, forecast.seconds()) == (3, 12, 36.0)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (89, "1 min"), (3599, "1 h 00 min"), (7500, "2 h 05 min")])
+def test_durations_are_read_by_people(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("row", "model", "reason", "remedy"),
+    [
+        ((SLICE, "ulysses"), {}, "2", "the smallest that would do: v5e-1"),
+        ((SLICE, "hybrid"), {}, "ulysses_size=3 does not divide 8 devices", "no slice of v5e would do"),
+        (
+            (SLICE, "ring"),
+            {"width": 8192, "layers": 80, "feed_forward_width": 22016, "query_heads": 64, "head_dim": 128},
+            r"parameters and moments alone take 97\.1 GB on each of 8 devices, which have 16\.9",
+            "the smallest that would do: v5e-64",
+        ),
+        (
+            ("gpu:2xA100-80GB", "ring"),
+            {"width": 8192, "layers": 80, "feed_forward_width": 22016, "query_heads": 64, "head_dim": 128},
+            "alone take",
+            "the smallest that would do: 16 of these GPUs",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_before_compiling_with_the_smallest_machine_that_would_do(
+    config, searched, row, model, reason, remedy
+):
+    machine, attention = row
+    changes = model | ({"key_value_heads": model["query_heads"]} if model else {})
+    impossible = dataclasses.replace(
+        config,
+        models={"small": small_transformer(**changes)},
+        rows=(Row(model="small", machine=machine),),
+        columns=(attention,),
+    )
+    problem = plan_of(impossible, impossible.cells[0]).problem
+    assert "\n" not in problem
+    assert re.search(reason, problem)
+    assert problem.endswith(remedy)
+    results, compilers, _, _ = searched(impossible)
+    assert compilers.asked == []
+    assert table_rows(impossible, results)[1][2].startswith("impossible")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"columns": ()}, "one of them is empty"),
+        ({"columns": ("sparse",)}, "unknown attention 'sparse'; choose of vanilla"),
+        ({"rows": (Row(model="large", machine=SLICE),)}, "unknown model 'large'; choose of small"),
+        ({"rows": (Row(model="small", machine="v5e-9"),)}, "unknown TPU slice"),
+        ({"columns": ("ring", "ring")}, "twice"),
+        ({"quantum": 3}, "even"),
+        ({"processes": 0}, "at least 1"),
+        ({"largest_tokens_a_device": 8}, "at least the quantum"),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(config, changes, says):
+    with pytest.raises(ValueError, match=says):
+        dataclasses.replace(config, **changes)
+
+
+def test_the_report_says_what_was_found_beside_the_paper(config, searched):
+    results, *_ = searched()
+    rows = table_rows(config, results)
+    assert rows == [
+        ["machine", "model", "vanilla", "blockwise", "ring", "ring / blockwise"],
+        [SLICE, "small", "12", "144 (16)", "1,152 (512)", "8"],
+        [f"{NODE} (estimate)", "small", "28", "768", "1,536", "2"],
+    ]
+    assert headline(config, results) == (
+        "cells=6/6 ring_at_least_paper=1/1 least_ring_to_blockwise_over_devices=1.00 longest_context=1572864"
+    )
+    with open_probe_cache(config.probes) as cache:
+        write_limits(config, results, cache, versions={"jax": "1"})
+    with (config.output / "limits.csv").open() as file:
+        cells = {(row["machine"], row["attention"]): row for row in csv.DictReader(file)}
+    ring = cells[SLICE, "ring"]
+    assert (ring["context"], ring["paper_context"], ring["devices"], ring["final"]) == (
+        "1179648",
+        "524288",
+        "8",
+        "True",
+    )
+    assert int(ring["peak_bytes"]) <= int(ring["memory_bytes"]) < int(ring["failing_wanted_bytes"])
+    with (config.output / "probes.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == sum(len(each.known) for each in results.values())
+    assert (config.output / "limits.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((config.output / "summary.json").read_text())
+    assert summary["headline"] == headline(config, results)
+    assert summary["versions"] == {"jax": "1"}
+    assert Path(summary["config"]["probes"]) == config.probes
+
+
+def test_a_partial_table_says_what_is_not_final(config, searched):
+    searched()
+    # What is left of blockwise is a length that fits, of ring one that does not.
+    kept = []
+    for line in config.probes.read_text().splitlines():
+        record = json.loads(line)
+        asked, fits = record["key"]["request"], record["memory"]["peak_bytes"] is not None
+        over = asked["mesh"]["sp"] > 1
+        if record["key"]["machine"] == "v5e:2x4" and asked["strategy"] == "ring" and fits != over:
+            kept.append(line)
+    config.probes.write_text("\n".join(kept) + "\n")
+    with open_probe_cache(config.probes) as cache:
+        plans = [plan_of(config, cell) for cell in config.cells]
+        results = {plan.cell: plan.result(plan.known(cache)) for plan in plans}
+    assert table_rows(config, results)[1][2:] == ["?", "144 or more (16)", "? (512)", ""]
+    assert ratio(results, config.rows[0]) is None
+    assert headline(config, results) == "cells=0/6"
