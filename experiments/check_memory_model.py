@@ -1,0 +1,293 @@
+"""The planner's memory beside compiled steps; conf/check_memory_model.yaml documents every key."""
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import hydra
+import numpy as np
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ring_rl.atomic_file import atomic_file, refuse_existing, write_whole
+from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
+from ring_rl.hydra_config import resolve, run_entry_point
+from ring_rl.kernels.layout import Layout
+from ring_rl.lm.model import LanguageModelConfig
+from ring_rl.nn.parallel import SequenceStrategy
+from ring_rl.nn.transformer import TransformerConfig
+from ring_rl.planning.compile_process import CompileProcesses, compiler_versions, key_of, remembered
+from ring_rl.planning.compiled_step import AttentionBlock, StepRequest
+from ring_rl.planning.memory_model import Compiler, step_memory
+from ring_rl.planning.probe_cache import ProbeCache, open_probe_cache, read_probes
+from ring_rl.planning.step_sizes import StepSizes
+from ring_rl.planning.topology import machine_named
+from ring_rl.training.mesh import MeshConfig
+from ring_rl.training.optimizer import OptimizerConfig
+from ring_rl.training.provenance import git_commit, versions
+
+OUTPUTS = ("memory.csv", "memory.png", "summary.json")
+Change = int | float | bool | str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepCase:
+    """Machine, mesh and batch of a case.
+
+    Attributes:
+        machine: A name that `machine_named` knows.
+        rows: Sequences of each group of devices that shares one.
+        tokens_per_device: Of each of these sequences.
+    """
+
+    machine: str
+    dp: int
+    fsdp: int
+    tp: int
+    sp: int
+    strategy: SequenceStrategy
+    ulysses_size: int
+    layout: Layout
+    weights_over_ring: bool
+    tokens_per_device: int
+    rows: int
+    loss_chunks: int
+    vocabulary_size: int
+    tied_embedding: bool
+    attention_block: AttentionBlock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """What is compared."""
+
+    transformer: TransformerConfig
+    optimizer: OptimizerConfig
+    step: StepCase
+    cases: dict[str, dict[str, dict[str, Change]]]
+    groups: tuple[str, ...]
+    tolerance: float
+    compile: bool
+    probes: Path
+    further_probes: tuple[Path, ...]
+    output: Path
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance must be positive, got {self.tolerance}; 0.1 is a tenth")
+        for name in self.groups:
+            if name not in self.cases:
+                raise ValueError(f"groups names {name!r}; the groups are {', '.join(self.cases)}")
+
+    def chosen(self) -> dict[str, tuple[str, StepRequest]]:
+        """(machine, step) of every case of the groups asked for.
+
+        Raises:
+            ValueError: A case changes what is no key of `transformer` or `step`, or makes no sense.
+        """
+        return {
+            f"{group}: {name}": self._request(changes, path=f"cases.{group}.{name}")
+            for group in self.groups
+            for name, changes in self.cases[group].items()
+        }
+
+    def _request(self, changes: dict[str, Change], *, path: str) -> tuple[str, StepRequest]:
+        ours = {field.name for field in dataclasses.fields(StepCase)}
+        transformer = to_mapping(self.transformer) | {key: changes[key] for key in changes if key not in ours}
+        step = to_mapping(self.step) | {key: changes[key] for key in changes if key in ours}
+        case = from_mapping(StepCase, step, path=path)
+        return case.machine, StepRequest(
+            model=LanguageModelConfig(
+                name="language",
+                vocabulary_size=case.vocabulary_size,
+                tied_embedding=case.tied_embedding,
+                embedding_scale=0.02,
+                trained_positions=0,
+                transformer=from_mapping(TransformerConfig, transformer, path=path),
+            ),
+            mesh=MeshConfig(dp=case.dp, fsdp=case.fsdp, tp=case.tp, sp=case.sp),
+            layout=case.layout,
+            strategy=case.strategy,
+            ulysses_size=case.ulysses_size,
+            weights_over_ring=case.weights_over_ring,
+            context=case.tokens_per_device * case.sp,
+            batch_size=case.rows * case.dp * case.fsdp,
+            loss_chunks=case.loss_chunks,
+            optimizer=self.optimizer,
+            attention_block=case.attention_block,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One compiled step."""
+
+    name: str
+    compiler: Compiler
+    compiled_bytes: int
+    planned_bytes: int
+    moment: str
+    parts: dict[str, int]
+
+    @property
+    def error(self) -> float:
+        """Planned over compiled, less 1."""
+        return self.planned_bytes / self.compiled_bytes - 1
+
+
+def compared(name: str, machine: str, request: StepRequest, compiled_bytes: int) -> Comparison:
+    """The formula beside the compiler."""
+    compiler: Compiler = "cpu" if machine.startswith(("cpu", "gpu")) else "tpu"
+    memory = step_memory(StepSizes(request), compiler=compiler)
+    return Comparison(
+        name=name,
+        compiler=compiler,
+        compiled_bytes=compiled_bytes,
+        planned_bytes=memory.total,
+        moment=memory.moment,
+        parts=memory.parts,
+    )
+
+
+def compile_cases(config: CheckConfig, cache: ProbeCache, console: Console) -> list[Comparison]:
+    """Every case that fits its machine, as far as it is known or may be compiled."""
+    cases = config.chosen()
+    machines = {name: machine_named(machine) for name, (machine, _) in cases.items()}
+    missing = [name for name in cases if cache.get(key_of(cases[name][1], machines[name])) is None]
+    seconds = [probe.memory.compile_seconds for probe in cache.all()]
+    each = f", about {np.median(seconds):.0f} s each by those before" if seconds and missing else ""
+    console.print(f"{len(cases)} cases, {len(missing)} to compile{each}")
+    found = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with CompileProcesses() as processes, Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("compiling", total=len(missing))
+        for name, (machine, request) in cases.items():
+            if name in missing:
+                if not config.compile:
+                    continue
+                progress.update(bar, description=name)
+            memory = remembered(request, machines[name], cache=cache, processes=processes)
+            progress.advance(bar, int(name in missing))
+            if memory.peak_bytes is None:
+                console.print(f"{name}: more than the compiler takes, left out")
+                continue
+            found.append(compared(name, machine, request, memory.peak_bytes))
+    return found
+
+
+def further(paths: tuple[Path, ...]) -> list[Comparison]:
+    """What other searches compiled, as far as the formula covers it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    found = []
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"further_probes names {path}, which does not exist")
+        for number, probe in enumerate(read_probes(path)):
+            if probe.memory.peak_bytes is not None:
+                request = from_mapping(StepRequest, probe.key["request"])
+                name = f"{path.parent.name} {number}: {probe.key['machine']}"
+                found.append(compared(name, probe.key["machine"], request, probe.memory.peak_bytes))
+    return found
+
+
+def draw(comparisons: list[Comparison]) -> Figure:
+    """Planned against compiled."""
+    figure = Figure(figsize=(5.2, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    everything = [each.compiled_bytes for each in comparisons]
+    ends = np.array([min(everything), max(everything)]) / 2**30
+    axes.plot(ends, ends, color="0.6", linewidth=0.8)
+    axes.fill_between(ends, 0.9 * ends, 1.1 * ends, color="0.9", label="within 10 %")
+    for compiler, label in (("tpu", "TPU compiler"), ("cpu", "CPU compiler, for GPUs")):
+        points = [each for each in comparisons if each.compiler == compiler]
+        if points:
+            axes.plot(
+                [each.compiled_bytes / 2**30 for each in points],
+                [each.planned_bytes / 2**30 for each in points],
+                "o",
+                markersize=4,
+                label=label,
+            )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("compiled, GiB a device")
+    axes.set_ylabel("planned, GiB a device")
+    axes.legend()
+    return figure
+
+
+def write_results(config: CheckConfig, comparisons: list[Comparison]) -> None:
+    """CSV, picture and provenance."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    names = list(dict.fromkeys(part for each in comparisons for part in each.parts))
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["case", "compiler", "compiled_bytes", "planned_bytes", "error", "moment", *names])
+    for each in comparisons:
+        figures = [each.parts.get(part, 0) for part in names]
+        row = [each.name, each.compiler, each.compiled_bytes, each.planned_bytes, f"{each.error:.4f}", each.moment]
+        writer.writerow([*row, *figures])
+    write_whole(config.output / "memory.csv", text.getvalue())
+    with atomic_file(config.output / "memory.png", overwrite=True) as temporary:
+        draw(comparisons).savefig(temporary, dpi=130)
+    summary = {
+        "config": to_mapping(config),
+        "compared": len(comparisons),
+        "within_tolerance": sum(abs(each.error) <= config.tolerance for each in comparisons),
+        "worst_error": max(comparisons, key=lambda each: abs(each.error)).error,
+        "commit": git_commit(),
+        "compilers": dict(compiler_versions()),
+        "versions": versions("ring_rl", "jax", "jaxlib", "flax"),
+    }
+    write_whole(config.output / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def check(config: CheckConfig) -> list[Comparison]:
+    """Compiles what is missing, compares and reports.
+
+    Raises:
+        ValueError: Nothing is known and nothing may be compiled.
+    """
+    if not config.overwrite:
+        refuse_existing(config.output, OUTPUTS)
+    console = Console()
+    with open_probe_cache(config.probes) as cache:
+        comparisons = compile_cases(config, cache, console) + further(config.further_probes)
+    if not comparisons:
+        raise ValueError(f"nothing to compare: {config.probes} knows none of the cases; set compile=true")
+    write_results(config, comparisons)
+    table = Table("case", "compiled", "planned", "error", "peak in")
+    for each in comparisons:
+        colour = "" if abs(each.error) <= config.tolerance else "[red]"
+        sizes = (f"{each.compiled_bytes / 2**30:.3f} GiB", f"{each.planned_bytes / 2**30:.3f} GiB")
+        table.add_row(each.name, *sizes, f"{colour}{each.error:+.1%}", each.moment)
+    console.print(table)
+    return comparisons
+
+
+def last_line(config: CheckConfig, comparisons: list[Comparison]) -> str:
+    """name=value, for programs."""
+    errors = np.abs([each.error for each in comparisons])
+    within = f"within_{100 * config.tolerance:.0f}={int((errors <= config.tolerance).sum())}/{len(errors)}"
+    return f"worst_error={errors.max():.3f} median_error={np.median(errors):.3f} {within}"
+
+
+@hydra.main(config_path="../conf", config_name="check_memory_model", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Turns the composed configuration into a comparison."""
+    with exit_on_bad_input():
+        config = from_mapping(CheckConfig, resolve(cfg))
+        print(last_line(config, check(config)))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,169 @@
+"""Work and time of a step, against counts made another way."""
+
+import dataclasses
+
+import jax
+import pytest
+from flax import nnx
+
+from ring_rl.kernels.cost import traffic
+from ring_rl.kernels.hardware import Hardware
+from ring_rl.kernels.overlap import ring_overlap
+from ring_rl.lm.model import LanguageModel
+from ring_rl.planning.roofline import Rates, days_for, layer_attention_flops, product_flops, roofline
+from ring_rl.planning.step_sizes import StepSizes
+from ring_rl.training.flops import matmul_parameters
+from small_steps import small_request
+
+HARDWARE = Hardware(
+    name="made up", flops_per_second=1e9, memory_bytes=1e9, bytes_per_second=1e9, links=2, source="for tests"
+)
+PEAK = Rates(products_share=1.0, attention_share=1.0, link_share=1.0, gathers_overlap=False)
+
+
+def sizes(*, microbatches=1, **changes):
+    return StepSizes(small_request(**changes), microbatches=microbatches)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied_embedding": True},
+        {"transformer": {"feed_forward": "gelu", "key_value_heads": 1}},
+        {"transformer": {"feed_forward": "none", "layers": 3}},
+    ],
+)
+def test_parameters_are_those_of_the_model(changes):
+    step = sizes(**changes)
+    model = nnx.eval_shape(lambda: LanguageModel(step.request.model, rngs=nnx.Rngs(0)))
+    parameters = nnx.state(model, nnx.Param)
+    assert step.parameters() == sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    multiplied = sum(
+        g.elements * (step.transformer.layers if g.layered else 1) for g in step.parameter_groups() if g.multiplied
+    )
+    tied = step.transformer.width * 32 if step.request.model.tied_embedding else 0
+    assert multiplied == matmul_parameters(parameters) + tied
+
+
+def test_what_devices_hold_adds_up_to_the_model():
+    step = sizes(mesh={"fsdp": 2, "tp": 2, "sp": 2}, weights_over_ring=True, batch_size=2)
+    held = step.held_parameters() * 8
+    # Norms are not shared over tp.
+    assert held == step.parameters() + step.transformer.width * (2 * step.transformer.layers + 1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "chunks", "times"), [("all", 1, (3, 3)), ("none", 1, (4, 3 + 2 / 3)), ("products", 4, (3, 3 + 2 / 3))]
+)
+def test_products_count_what_backward_does_again(saved, chunks, times):
+    step = sizes(transformer={"saved_activations": saved, "feed_forward_chunks": chunks})
+    projections, feed_forward = 4 * 16 * 16, 3 * 16 * 16
+    layers = 2 * (times[0] * projections + times[1] * feed_forward)
+    assert product_flops(step) == pytest.approx(2 * 64 * (layers + 3 * 16 * 32))
+
+
+def test_attention_runs_again_where_nothing_of_it_is_kept():
+    kept = layer_attention_flops(sizes(transformer={"saved_activations": "attention"}))
+    again = layer_attention_flops(sizes(transformer={"saved_activations": "none"}))
+    assert kept.forward == 4 * 16 * 64 * 65 // 2
+    assert kept.backward == 10 * 16 * 64 * 65 // 2
+    assert again.backward == kept.backward + kept.forward
+
+
+def test_dense_attention_forms_hidden_scores_too():
+    dense = layer_attention_flops(sizes(strategy="dense", transformer={"saved_activations": "all"}))
+    assert (dense.forward, dense.backward) == (4 * 16 * 64 * 64, 8 * 16 * 64 * 64)
+
+
+def test_work_is_shared_evenly_by_a_zigzag_ring_and_not_by_a_contiguous_one():
+    alone = roofline(sizes(), hardware=HARDWARE, rates=PEAK)
+    zigzag = roofline(sizes(mesh={"sp": 4}), hardware=HARDWARE, rates=PEAK)
+    contiguous = roofline(sizes(mesh={"sp": 4}, layout="contiguous"), hardware=HARDWARE, rates=PEAK)
+    assert 4 * zigzag.attention_flops == pytest.approx(alone.attention_flops, rel=0.05)
+    assert contiguous.attention_flops > 1.5 * zigzag.attention_flops
+    assert 4 * zigzag.product_flops == pytest.approx(alone.product_flops)
+
+
+def test_a_ring_waits_where_its_hops_do_not_hide():
+    slow = dataclasses.replace(HARDWARE, bytes_per_second=1e6)
+    step = sizes(mesh={"sp": 4}, transformer={"saved_activations": "attention"})
+    waiting, hidden = (roofline(step, hardware=h, rates=PEAK) for h in (slow, HARDWARE))
+    assert hidden.overlap is not None
+    assert hidden.overlap.hides
+    assert hidden.waiting_seconds == 0
+    assert waiting.overlap == ring_overlap(
+        step.attention_shape(), mask=step.mask, layout="zigzag", ring_size=4, hardware=slow
+    )
+    # Blocks take next to nothing here: three hops forward and three backward, in each of two layers.
+    hops = 3 * (waiting.overlap.forward_hop_seconds + waiting.overlap.backward_hop_seconds)
+    assert waiting.waiting_seconds == pytest.approx(2 * hops, rel=0.2)
+    assert waiting.waiting_seconds < 2 * hops
+
+
+@pytest.mark.parametrize(("strategy", "ulysses_size"), [("ring", 1), ("hybrid", 2)])
+def test_bytes_of_all_hops_are_those_of_the_traffic(strategy, ulysses_size):
+    step = sizes(mesh={"sp": 8 if strategy == "hybrid" else 4}, strategy=strategy, ulysses_size=ulysses_size)
+    plan = roofline(step, hardware=HARDWARE, rates=PEAK)
+    sent = traffic(
+        step.attention_shape(), strategy=strategy, mask=step.mask, layout="zigzag", axis_size=step.attention_axis
+    )
+    assert plan.hop_bytes is not None
+    # The sums of the last hop go home, one hop more; those of the first are not there yet: as many as hops.
+    ring = 3 * plan.hop_bytes.total
+    exchanged = plan.exchange_seconds * HARDWARE.bytes_per_second
+    if strategy == "ring":
+        assert (ring, exchanged) == (sent.total, 0)
+    else:
+        # In every layer; forward once more, as nothing of attention is kept.
+        share = 16 * 4 * 2 * (2 + 2) * 8 // 2 // 2
+        assert sent.total - ring == 2 * share
+        assert exchanged == 2 * 3 * share
+
+
+def test_ulysses_exchanges_and_computes_alone():
+    plan = roofline(sizes(mesh={"sp": 2}, strategy="ulysses"), hardware=HARDWARE, rates=PEAK)
+    assert plan.overlap is None
+    assert plan.hop_bytes is None
+    assert plan.exchange_seconds > 0
+    assert plan.attention_flops == pytest.approx(roofline(sizes(), hardware=HARDWARE, rates=PEAK).attention_flops / 2)
+
+
+def test_gathered_weights_cost_their_bytes_or_hide():
+    step = sizes(mesh={"fsdp": 2}, batch_size=2, transformer={"layers": 1})
+    plan = roofline(step, hardware=HARDWARE, rates=PEAK)
+    layer, ends = 4 * 256 + 3 * 256 + 2 * 16, 2 * 32 * 16 + 16
+    # Half of all weights come from the other device: a layer's twice, the ends' once; and gradients go once, float32.
+    assert plan.gather_seconds * 1e9 == pytest.approx(4 * (3 * layer + 2 * ends) / 2)
+    hidden = roofline(step, hardware=HARDWARE, rates=dataclasses.replace(PEAK, gathers_overlap=True))
+    assert hidden.gather_seconds == max(plan.gather_seconds - plan.products_seconds, 0)
+
+
+def test_gradients_are_summed_once_a_step_over_those_who_repeat_the_weights():
+    one = roofline(sizes(mesh={"dp": 2}, batch_size=2), hardware=HARDWARE, rates=PEAK)
+    two = roofline(sizes(mesh={"dp": 2}, batch_size=2, microbatches=3), hardware=HARDWARE, rates=PEAK)
+    assert one.gradient_seconds * 1e9 == pytest.approx(4 * sizes().parameters())
+    assert two.gradient_seconds == one.gradient_seconds
+    assert two.products_seconds == pytest.approx(3 * one.products_seconds)
+    assert two.model_flops == 3 * one.model_flops
+
+
+def test_tensor_parallel_sums_cost_bytes():
+    assert roofline(sizes(mesh={"tp": 2}), hardware=HARDWARE, rates=PEAK).tensor_seconds > 0
+    assert roofline(sizes(), hardware=HARDWARE, rates=PEAK).tensor_seconds == 0
+
+
+def test_shares_of_the_peak_lengthen_a_step_and_days_follow():
+    plan = roofline(sizes(), hardware=HARDWARE, rates=PEAK)
+    half = roofline(
+        sizes(), hardware=HARDWARE, rates=dataclasses.replace(PEAK, products_share=0.5, attention_share=0.5)
+    )
+    assert half.seconds == pytest.approx(2 * plan.seconds)
+    assert half.utilisation == pytest.approx(plan.utilisation / 2)
+    assert days_for(64 * 86400 / plan.seconds, plan) == pytest.approx(1)
+    assert sum(plan.parts().values()) == plan.seconds
+
+
+def test_a_share_beyond_the_peak_is_refused():
+    with pytest.raises(ValueError, match="link_share must lie in"):
+        dataclasses.replace(PEAK, link_share=1.5)
