@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
@@ -75,6 +77,8 @@ class CheckConfig:
     compile: bool
     probes: Path
     further_probes: tuple[Path, ...]
+    lm_memory: Path | None
+    memory_by_option: Path | None
     output: Path
     overwrite: bool
 
@@ -92,12 +96,13 @@ class CheckConfig:
             ValueError: A case changes what is no key of `transformer` or `step`, or makes no sense.
         """
         return {
-            f"{group}: {name}": self._request(changes, path=f"cases.{group}.{name}")
+            f"{group}: {name}": self.request(changes, path=f"cases.{group}.{name}")
             for group in self.groups
             for name, changes in self.cases[group].items()
         }
 
-    def _request(self, changes: dict[str, Change], *, path: str) -> tuple[str, StepRequest]:
+    def request(self, changes: Mapping[str, Any], *, path: str) -> tuple[str, StepRequest]:
+        """(machine, step) of the base with these keys of `transformer` and `step` changed; `path` is for messages."""
         ours = {field.name for field in dataclasses.fields(StepCase)}
         transformer = to_mapping(self.transformer) | {key: changes[key] for key in changes if key not in ours}
         step = to_mapping(self.step) | {key: changes[key] for key in changes if key in ours}
@@ -199,6 +204,55 @@ def further(paths: tuple[Path, ...]) -> list[Comparison]:
     return found
 
 
+def published(config: CheckConfig) -> list[Comparison]:
+    """What other experiments compiled for CPU devices and wrote down.
+
+    Raises:
+        FileNotFoundError: A folder holds no such results.
+    """
+    found = []
+    if config.lm_memory is not None:
+        settings, rows = _read_results(config.lm_memory)
+        for row in rows:
+            tokens, devices = int(row["tokens"]), int(row["devices"])
+            changes = settings["transformer"] | {
+                "machine": f"gpu:{devices}xany-80GB",
+                "sp": devices,
+                "tokens_per_device": tokens // devices,
+                "weights_over_ring": False,
+                "loss_chunks": settings["chunks"],
+                "vocabulary_size": settings["vocabulary_size"],
+                "tied_embedding": settings["tied_embedding"],
+            }
+            machine, request = config.request(changes, path=str(config.lm_memory))
+            name = f"lm_memory: {tokens} tokens, {devices} devices"
+            found.append(compared(name, machine, request, int(row["training_bytes"])))
+    if config.memory_by_option is not None:
+        settings, rows = _read_results(config.memory_by_option)
+        for row in rows:
+            changes = settings["transformer"] | {
+                "feed_forward": "gelu",
+                "machine": f"gpu:{settings['devices']}xany-80GB",
+                "sp": settings["devices"],
+                "tokens_per_device": int(row["tokens"]) // settings["devices"],
+                "vocabulary_size": settings["vocabulary"],
+                "saved_activations": row["saved_activations"],
+                "feed_forward_chunks": int(row["feed_forward_chunks"]),
+                "loss_chunks": int(row["loss_chunks"]),
+                "weights_over_ring": row["weights_over_ring"] == "True",
+            }
+            machine, request = config.request(changes, path=str(config.memory_by_option))
+            name = f"memory_by_option: {row['name']}"
+            found.append(compared(name, machine, request, int(row["needed_bytes"])))
+    return found
+
+
+def _read_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    settings = json.loads((folder / "summary.json").read_text())["config"]
+    with (folder / "memory.csv").open(newline="") as file:
+        return settings, list(csv.DictReader(file))
+
+
 def draw(comparisons: list[Comparison]) -> Figure:
     """Planned against compiled."""
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")
@@ -261,7 +315,8 @@ def check(config: CheckConfig) -> list[Comparison]:
         refuse_existing(config.output, OUTPUTS)
     console = Console()
     with open_probe_cache(config.probes) as cache:
-        comparisons = compile_cases(config, cache, console) + further(config.further_probes)
+        comparisons = compile_cases(config, cache, console)
+    comparisons += further(config.further_probes) + published(config)
     if not comparisons:
         raise ValueError(f"nothing to compare: {config.probes} knows none of the cases; set compile=true")
     write_results(config, comparisons)

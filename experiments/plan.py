@@ -325,7 +325,7 @@ def show(
     for name, size in memory.parts.items():
         facts.add_row(f"memory: {name}", f"{size / 2**30:.3f} GiB")
     estimate = " (estimate)" if machine.estimated else ""
-    facts.add_row(f"memory: peak{estimate}", f"{memory.total / 2**30:.3f} GiB, in {memory.moment}")
+    facts.add_row(f"memory: peak{estimate}", f"{memory.total / 2**30:.3f} GiB, during {memory.moment}")
     for name, seconds in time.parts().items():
         facts.add_row(f"time: {name}", f"{seconds:.3g} s")
     facts.add_row("time: a step", f"{time.seconds:.3g} s, {time.tokens_per_second:,.0f} tokens/s")
