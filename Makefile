@@ -2,6 +2,7 @@
 # make test   set up, then run the tests
 # make check  lint, format, types, import contracts
 # make bench, overlap, errors   measure the attention kernels: speed, hidden transfers, accuracy
+# make limits  the longest contexts of a model on two TPU slices, compiled without a TPU: a small version of the table
 # make reproduce  the table of agents (two hours); make simulation, reader  what collecting and reading cost
 # make retrieval  the figure of line retrieval: models trained from nothing, asked beyond their trained lengths
 # Everything goes into .venv; nothing else on the machine is touched.
@@ -14,7 +15,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 INSTALL := --constraint constraints.txt --editable '.[simulator,minari,cluster,lm,development]'
 
-.PHONY: demo test check format setup constraints memory engine simulation reader reproduce retrieval bench overlap errors figures clean
+.PHONY: demo test check format setup constraints memory engine simulation reader reproduce retrieval bench overlap limits errors figures clean
 
 demo: setup
 	$(BIN)/python experiments/demo.py
@@ -70,6 +71,13 @@ overlap: setup
 	@$(BIN)/python -c 'import libtpu' 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tpu-compile]'
 	$(BIN)/python experiments/check_overlap.py overwrite=true
+
+# The longest context that trains on two TPU slices, by way to attend; goes on where it was. Installs libtpu (700 MB).
+# The paper's table: python experiments/context_limits.py context_limits=paper (says first how long it takes).
+limits: setup
+	@$(BIN)/python -c 'import libtpu' 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tpu-compile]'
+	$(BIN)/python experiments/context_limits.py context_limits=small overwrite=true
 
 # Error of rings of 1 to 16 against float64.
 errors: setup

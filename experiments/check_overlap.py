@@ -5,13 +5,11 @@ conf/check_overlap.yaml documents every key.
 
 import csv
 import dataclasses
-import importlib.util
 import io
 import json
-import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import hydra
 import jax
@@ -35,6 +33,7 @@ from ring_rl.kernels.local.pallas_tpu import PallasTpuBlock
 from ring_rl.kernels.local.xla import XlaBlock
 from ring_rl.kernels.mask import Mask
 from ring_rl.kernels.schedule import Permute, Schedule
+from ring_rl.planning.topology import describe_topology
 from ring_rl.training.provenance import git_commit, versions
 
 OUTPUTS = ("permutes.csv", "timeline.png", "summary.json")
@@ -80,27 +79,9 @@ class Program:
     peak_bytes: int
 
 
-def devices_of(topology: str) -> list[Any]:
-    """The devices of a TPU that is not here.
-
-    Raises:
-        ImportError: libtpu is not installed.
-        ValueError: libtpu does not know the topology.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ImportError("libtpu is not installed; install the extra: pip install -e '.[tpu-compile]'")
-    from jax.experimental import topologies
-
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as error:  # libtpu raises what it likes
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"libtpu cannot describe topology {topology!r}: {reason}") from None
-
-
 def compile_ring(config: OverlapConfig, topology: str) -> list[Program]:
     """Forward and backward of ring attention over all devices of a topology, each a program of its own."""
-    mesh = DeviceMesh(np.array(devices_of(topology)), (AXIS,))
+    mesh = DeviceMesh(np.array(describe_topology(topology)), (AXIS,))
     spec = PartitionSpec(None, AXIS)
     mask, block = Mask(causal=config.causal), config.block()
 
@@ -226,9 +207,6 @@ def check(config: OverlapConfig) -> bool:
     """Compiles, reports, and says whether every permute is hidden."""
     if not config.overwrite:
         refuse_existing(config.output, OUTPUTS)
-    # There is no TPU to ask: libtpu must neither look for one nor for the machine it would be in.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    jax.config.update("jax_platforms", "cpu")
     console, programs = Console(), []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:

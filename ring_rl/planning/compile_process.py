@@ -28,6 +28,7 @@ from ring_rl.training.provenance import git_commit
 
 __all__ = ["CompilationFailedError", "CompileProcesses", "compiler_versions", "key_of", "remembered"]
 
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 _ERRORS: dict[str, type[Exception]] = {"ValueError": ValueError, "ImportError": ImportError}
 
 
@@ -36,10 +37,14 @@ class CompilationFailedError(RuntimeError):
 
 
 def key_of(request: StepRequest, machine: Machine) -> dict[str, Any]:
-    """Of a probe: GPUs are stood in for by CPU devices, whatever they are called."""
+    """Of a probe: GPUs are stood in for by CPU devices, whatever they are called.
+
+    Flags that the environment gives the compilers are part of it.
+    """
+    flags = {name: os.environ[name] for name in _FLAGS if name in os.environ}
     if isinstance(machine, TpuSlice):
-        return probe_key(request, machine.topology, compiler_versions())
-    return probe_key(request, f"cpu x {machine.devices}", compiler_versions(tpu=False))
+        return probe_key(request, machine.topology, {**compiler_versions(), **flags})
+    return probe_key(request, f"cpu x {machine.devices}", {**compiler_versions(tpu=False), **flags})
 
 
 def remembered(
@@ -77,6 +82,11 @@ class CompileProcesses:
             self._closed = True
             for process in self._running:
                 process.kill()
+
+    @property
+    def running(self) -> int:
+        """Compilers at work."""
+        return len(self._running)
 
     def compile(self, request: StepRequest, machine: Machine) -> CompiledMemory:
         """`compile_memory` for a machine, in a process of its own.

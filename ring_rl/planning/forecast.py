@@ -39,7 +39,7 @@ class Forecast:
             for memory in known.values():
                 self._timed(plan, memory)
             if plan.next(known) is not None:
-                self._left[plan.cell] = max(EXPECTED_PROBES - len(known), 1)
+                self._left[plan.cell] = max(min(EXPECTED_PROBES, len(plan.lengths)) - len(known), 1)
         self._machine_of = {plan.cell: plan.cell.row.machine for plan in plans}
 
     @property
@@ -88,9 +88,10 @@ class Forecast:
         if not self._left:
             return f"all {len(self.plans)} cells are known from {config.probes}; nothing is compiled"
         source = "timed ones" if self._seconds else config.expectation
+        plural = "es" if config.processes > 1 else ""
         return (
             f"{self.cells_left} of {len(self.plans)} cells are left, about {self.remaining} compilations in "
-            f"{config.processes} processes: about {duration(self.seconds() / config.processes)}, by {source}; "
+            f"{config.processes} process{plural}: about {duration(self.seconds() / config.processes)}, by {source}; "
             f"{self.known} known from {config.probes}"
         )
 

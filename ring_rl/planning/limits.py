@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import jax
-from flax import nnx
-
-from ring_rl.kernels.strategies.ulysses import check_heads
-from ring_rl.lm.model import LanguageModel, LanguageModelConfig
 from ring_rl.nn.transformer_config import TransformerConfig
 from ring_rl.planning.attentions import AttentionVariant, StepSettings, step_request
 from ring_rl.planning.compile_process import CompilationFailedError, CompileProcesses, key_of, remembered
 from ring_rl.planning.compiled_step import CompiledMemory, StepRequest
+from ring_rl.planning.feasibility import first_guess, model_sizes, problem_of
 from ring_rl.planning.probe_cache import ProbeCache
 from ring_rl.planning.search import Probe, known_limit, next_length, token_grid
 from ring_rl.planning.topology import TPU_SLICES, Machine, TpuSlice, machine_named
-from ring_rl.training.optimizer import make_optimizer
 
 __all__ = ["Cell", "CellResult", "LimitsConfig", "Plan", "PublishedContexts", "Row", "plan_of", "search_cells"]
 
 # Of a search that begins from a guess: there, near the end, the longest that fits, the next one.
 EXPECTED_PROBES = 4
-_GRADIENT_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,20 +224,18 @@ def plan_of(config: LimitsConfig, cell: Cell) -> Plan:
         quantum=config.quantum, largest=config.largest_tokens_a_device, significant_bits=config.significant_bits
     )
     shortest = request(lengths[0])
-    numbers, state = _sizes(shortest)
-    # Every column shares weights and moments over all devices.
-    state_bytes = state // machine.devices
-    problem = _problem(shortest, state_bytes=state_bytes, machine=machine)
+    sizes = model_sizes(shortest, devices=machine.devices)
+    problem = problem_of(shortest, machine)
     if problem is not None:
         problem = f"{cell}: {problem}; {_remedy(config, variant, transformer, machine)}"
     return Plan(
         cell=cell,
         machine=machine,
         variant=variant,
-        parameters=numbers,
-        state_bytes=state_bytes,
+        parameters=sizes.parameters,
+        state_bytes=sizes.state_bytes,
         lengths=lengths,
-        start=_first_guess(shortest, machine=machine, parameters=numbers, state_bytes=state_bytes),
+        start=first_guess(shortest, machine),
         request=request,
         problem=problem,
     )
@@ -314,61 +304,21 @@ def _request(
     )
 
 
-def _sizes(request: StepRequest) -> tuple[int, int]:
-    """Parameters, and bytes of parameters and moments, over all devices."""
-    return _sizes_of(request.model, request.optimizer)
-
-
-@functools.lru_cache(maxsize=256)
-def _sizes_of(model: LanguageModelConfig, optimizer_config) -> tuple[int, int]:
-    optimizer = make_optimizer(optimizer_config, total_steps=optimizer_config.warmup_steps + 1)
-    abstract = nnx.eval_shape(lambda: nnx.state(LanguageModel(model, rngs=nnx.Rngs(0)), nnx.Param))
-    moments = jax.eval_shape(optimizer.init, abstract)
-    size = lambda tree: sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(abstract)), size(abstract) + size(moments)
-
-
-def _problem(request: StepRequest, *, state_bytes: int, machine: Machine) -> str | None:
-    """Why a step of any length cannot run on a machine; None where it may."""
-    transformer = request.model.transformer
-    if request.ulysses_size < 1 or machine.devices % request.ulysses_size:
-        return f"ulysses_size={request.ulysses_size} does not divide {machine.devices} devices"
-    exchanging = {"ulysses": machine.devices, "hybrid": request.ulysses_size}.get(request.strategy, 1)
-    try:
-        check_heads(
-            query_heads=transformer.query_heads, key_value_heads=transformer.key_value_heads, devices=exchanging
-        )
-    except ValueError as error:
-        return str(error)
-    if state_bytes > machine.memory_bytes:
-        return (
-            f"parameters and moments alone take {state_bytes / 1e9:.1f} GB on each of {machine.devices} devices, "
-            f"which have {machine.memory_bytes / 1e9:.1f}"
-        )
-    return None
-
-
 def _remedy(config: LimitsConfig, variant: AttentionVariant, transformer: TransformerConfig, machine: Machine) -> str:
     """The smallest machine of the same kind on which there is no problem."""
     if isinstance(machine, TpuSlice):
         others: list[Machine] = [each for each in TPU_SLICES.values() if each.generation == machine.generation]
     else:
         others = [dataclasses.replace(machine, devices=2**power) for power in range(14)]
-    for other in others:
-        request = _request(config, variant, transformer, other, config.quantum)
-        if _problem(request, state_bytes=_sizes(request)[1] // other.devices, machine=other) is None:
-            name = other.name if isinstance(other, TpuSlice) else f"{other.devices} of these GPUs"
-            return f"the smallest that would do: {name}"
-    return f"no slice of {machine.generation} would do" if isinstance(machine, TpuSlice) else "no number would do"
-
-
-def _first_guess(request: StepRequest, *, machine: Machine, parameters: int, state_bytes: int) -> int:
-    """Tokens a device that are sure to be of the right order: saved inputs of layers, or scores, in half the memory."""
-    transformer = request.model.transformer
-    free = machine.memory_bytes - state_bytes - _GRADIENT_BYTES * parameters // machine.devices
-    free = max(free, machine.memory_bytes // 16) / 2
-    width = 2 if transformer.compute_dtype == "bfloat16" else 4
-    if request.strategy == "dense":
-        # Scores, weights and their gradients, in float32.
-        return int(math.sqrt(free / (4 * 4 * transformer.query_heads)))
-    return int(free / (width * transformer.layers * transformer.width))
+    name = lambda other: other.name if isinstance(other, TpuSlice) else f"{other.devices} of these GPUs"  # noqa: E731
+    serving = [
+        other
+        for other in others
+        if problem_of(_request(config, variant, transformer, other, config.quantum), other) is None
+    ]
+    if not serving:
+        return f"no slice of {machine.generation} would do" if isinstance(machine, TpuSlice) else "no number would do"
+    smallest = f"the smallest that would do: {name(serving[0])}"
+    return (
+        smallest if serving[-1] is others[-1] or len(serving) == 1 else f"{smallest}, the largest: {name(serving[-1])}"
+    )

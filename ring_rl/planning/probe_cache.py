@@ -29,7 +29,7 @@ def probe_key(request: StepRequest, machine: str, versions: Mapping[str, str]) -
     Args:
         request: The step.
         machine: What it is compiled for: libtpu's name of a grid of chips, or "cpu x 8".
-        versions: Of jax, jaxlib and, where it compiles, libtpu.
+        versions: Of jax, jaxlib and, where it compiles, libtpu; and what else makes one compiler another.
     """
     return {"request": to_mapping(request), "machine": machine, "versions": dict(versions)}
 

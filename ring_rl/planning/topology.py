@@ -203,6 +203,8 @@ def devices_of(machine: Machine) -> list[Any]:
     """
     if isinstance(machine, TpuSlice):
         return describe_topology(machine.topology)
+    # Beside an accelerator the blocks for it would be chosen.
+    jax.config.update("jax_platforms", "cpu")
     request_virtual_devices(machine.devices)
     present: Sequence[Any] = jax.devices("cpu")
     if len(present) < machine.devices:

@@ -12,6 +12,7 @@ from ring_rl.hydra_config import resolve
 from ring_rl.kernels.local.pallas_tpu import PallasTpuBlock
 from ring_rl.kernels.local.xla import XlaBlock
 from ring_rl.kernels.schedule import Schedule
+from ring_rl.planning import topology
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +91,6 @@ def test_the_picture_shows_transfers_over_kernels(script):
 def test_the_last_line_counts_and_the_verdict_follows(script, config_of, monkeypatch, capsys, text, hidden):
     monkeypatch.setattr(script, "versions", lambda *names: {})
     monkeypatch.setattr(script, "compile_ring", lambda config, topology: [_program(script, text)])
-    monkeypatch.setattr(script.os, "environ", {})
-    monkeypatch.setattr(script.jax.config, "update", lambda name, value: None)
     config = config_of("topologies=[v5e:2x4]")
     assert script.check(config) is hidden
     assert capsys.readouterr().out.splitlines()[-1] == f"permutes=1 overlapped={int(hidden)}"
@@ -99,7 +98,7 @@ def test_the_last_line_counts_and_the_verdict_follows(script, config_of, monkeyp
         script.check(config)
 
 
-def test_without_libtpu_the_remedy_is_named(script, monkeypatch):
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+def test_without_libtpu_the_remedy_is_named(script, config_of, monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="tpu-compile"):
-        script.devices_of("v5e:2x4")
+        script.check(config_of())

@@ -187,6 +187,12 @@ def test_durations_are_read_by_people(seconds, text):
     ("row", "model", "reason", "remedy"),
     [
         ((SLICE, "ulysses"), {}, "2", "the smallest that would do: v5e-1"),
+        (
+            ("v5e-32", "ulysses"),
+            {"query_heads": 8},
+            "8",
+            "the smallest that would do: v5e-1, the largest: v5e-8",
+        ),
         ((SLICE, "hybrid"), {}, "ulysses_size=3 does not divide 8 devices", "no slice of v5e would do"),
         (
             (SLICE, "ring"),
