@@ -29,6 +29,7 @@ from ring_rl.planning.layer_activations import (
     LayerMemory,
     LayerProgram,
     LayerShape,
+    Part,
     compile_layer,
     program_of,
 )
@@ -120,7 +121,7 @@ def compiled(config: LayerMemoryConfig) -> tuple[list[Row], float]:
         devices: Sequence[Any] = jax.devices("cpu")[: config.devices]
     else:
         devices = devices_of(tpu_slice(config.machine))
-    wanted = {
+    wanted: dict[tuple[Architecture, Direction, Part], LayerProgram] = {
         (architecture, direction, part): program_of(
             architecture, part=part, direction=direction, tokens=config.shape(architecture).tokens
         )
@@ -202,9 +203,7 @@ def table_rows(config: LayerMemoryConfig, rows: list[Row]) -> list[list[str]]:
         ]
     ]
     for row in rows:
-        off_as_ring = (
-            "" if row.architecture != "blockwise_transformer" else f"{deviation(rows, row, as_ring=True):+.0%}"
-        )
+        blockwise = row.architecture == "blockwise_transformer"
         lines.append(
             [
                 row.architecture.replace("_", " "),
