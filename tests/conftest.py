@@ -1,5 +1,6 @@
 """The whole suite runs on 8 virtual CPU devices, so that a ring of 8 is a real ring of 8."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -18,8 +19,18 @@ for _flag, _value in _FLAGS.items():
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-from hypothesis import settings  # noqa: E402, after the environment that jax reads
+import jax  # noqa: E402, after the environment that it reads
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 # Derandomized: a red run is red again on the next machine; no deadline: the first example compiles.
 settings.register_profile("ring_rl", deadline=None, max_examples=20, derandomize=True)
 settings.load_profile("ring_rl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """What one file compiled no other runs: kept, thousands of programs make each garbage collection take seconds."""
+    yield
+    jax.clear_caches()
+    gc.collect()
