@@ -37,7 +37,7 @@ class SliceConfig:
 
     machines: tuple[str, ...]
     tokens_a_device: int
-    attention: AttentionVariant
+    variant: AttentionVariant
     transformer: TransformerConfig
     settings: StepSettings
     processes: int
@@ -51,10 +51,8 @@ class SliceConfig:
         devices = [machine_named(name).devices for name in self.machines]
         if len(devices) < 2 or devices != sorted(set(devices)):
             raise ValueError(f"machines must be at least two, smallest first, got {', '.join(self.machines)}")
-        if not self.attention.sequence_over_devices:
-            raise ValueError(
-                "attention.sequence_over_devices must be true: context grows with the devices that share it"
-            )
+        if not self.variant.sequence_over_devices:
+            raise ValueError("variant.sequence_over_devices must be true: only then does context grow with the devices")
         for count in devices:
             # Otherwise the model would be widened, and slices would hold different models.
             if self.transformer.width % count:
@@ -68,7 +66,7 @@ class SliceConfig:
     def request(self, machine: Machine) -> StepRequest:
         """The training step on a machine."""
         return step_request(
-            self.attention,
+            self.variant,
             self.transformer,
             self.settings,
             devices=machine.devices,
