@@ -160,6 +160,6 @@ def test_the_paper_s_table_is_asked_for_row_by_row(pytestconfig):
     config = config_of(pytestconfig, "context_limits=paper")
     asked = {(row.machine, row.model) for row in config.rows}
     published = {(machine, model) for machine, models in config.published.contexts.items() for model in models}
-    # Programs for v3 take longer to compile than there was patience for.
+    # v3 is left out: libtpu describes it, but no step was seen to compile for it.
     assert {row for row in published if row[0] != "v3-512"} == asked
     assert all(config.published.tokens(cell) for cell in config.cells)
