@@ -185,12 +185,13 @@ def saved_bytes(sizes: StepSizes, *, compiler: Compiler) -> int:
     queries, keys = shape.query_heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     log_sum_exp = _FLOAT32 * shape.query_heads
     hidden = {"none": 0, "gelu": 1, "swiglu": 2}[config.feed_forward] * config.feed_forward_width // tp
+    elementwise = {"none": 0, "gelu": 3, "swiglu": 5}[config.feed_forward] * config.feed_forward_width // tp
     a_token = {
         "none": config.width * e,
         "offload": 0,
         "attention": (config.width + queries) * e + log_sum_exp,
         "products": (2 * config.width + 2 * queries + 2 * keys + hidden) * e + log_sum_exp,
-        "all": (6 * config.width + 3 * queries + 4 * keys + 2 * hidden) * e + log_sum_exp,
+        "all": (10 * config.width + 3 * queries + 4 * keys + elementwise) * e + log_sum_exp,
     }[config.saved_activations]
     dense = 0
     if sizes.attention_strategy == "dense" and config.saved_activations in ("all", "products"):
