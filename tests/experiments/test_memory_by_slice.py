@@ -6,21 +6,22 @@ import json
 import pytest
 
 from ring_rl.planning.compile_process import CompilationFailedError
-from ring_rl.planning.compiled_step import CompiledMemory
+from ring_rl.planning.compiled_step import CompiledMemory, compile_memory
+from ring_rl.planning.topology import devices_of
 
 SMALL = [
     "machines=[gpu:2xany-1GB,gpu:4xany-1GB]",
-    "tokens_a_device=256",
+    "tokens_a_device=128",
     "settings.vocabulary_size=64",
     "settings.feed_forward_block=64",
     "settings.loss_block=64",
-    "transformer.layers=2",
+    "transformer.layers=1",
     "transformer.width=16",
     "transformer.query_heads=2",
     "transformer.key_value_heads=2",
     "transformer.head_dim=8",
     "transformer.feed_forward_width=32",
-    "transformer.attention_block_size=64",
+    "transformer.attention_block_size=128",
 ]
 
 
@@ -64,7 +65,20 @@ def last_line(capsys):
     return capsys.readouterr().out.strip().splitlines()[-1]
 
 
-def test_a_ring_of_twice_the_devices_and_tokens_needs_no_more(call_script, arguments, capsys, tmp_path):
+@pytest.fixture
+def in_this_process(script, monkeypatch):
+    """Real compilations, spared the start of a process each."""
+
+    class Compilers(script.CompileProcesses):
+        def compile(self, request, machine):
+            return compile_memory(request, devices_of(machine))
+
+    monkeypatch.setattr(script, "CompileProcesses", Compilers)
+
+
+def test_a_ring_of_twice_the_devices_and_tokens_needs_no_more(
+    call_script, in_this_process, arguments, capsys, tmp_path
+):
     call_script(*arguments)
     figures = dict(figure.split("=") for figure in last_line(capsys).split())
     assert figures["context_growth"] == "2"
@@ -72,7 +86,7 @@ def test_a_ring_of_twice_the_devices_and_tokens_needs_no_more(call_script, argum
     assert float(figures["growth_without_state"]) < 1.3
     with (tmp_path / "table" / "memory.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["context"]) for row in rows] == [512, 1024]
+    assert [int(row["context"]) for row in rows] == [256, 512]
     # Weights and moments are shared by the ring; what does not divide is on every device.
     assert int(rows[1]["state_bytes"]) < 0.7 * int(rows[0]["state_bytes"])
 
@@ -95,7 +109,7 @@ def test_it_goes_on_where_it_was_and_compiles_nothing_twice(call_script, made_up
     assert "1 of 2 machines are left: about 1 min, by those known" in shown
     assert made_up.asked == [2, 4, 4]
     assert shown.strip().splitlines()[-1] == "context_growth=2 growth=1.167 growth_without_state=1.000"
-    assert "| gpu:4xany-1GB | 4 | 1,024 | 0.000 | 0.000 | 1 min |" in (tmp_path / "table" / "table.md").read_text()
+    assert "| gpu:4xany-1GB | 4 | 512 | 0.000 | 0.000 | 1 min |" in (tmp_path / "table" / "table.md").read_text()
     assert (tmp_path / "table" / "memory.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "table" / "summary.json").read_text())
     assert summary["growth"] == pytest.approx(1400 / 1200)
