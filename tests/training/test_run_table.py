@@ -101,7 +101,7 @@ def test_a_damaged_run_is_listed(tmp_path):
     assert [problem.split("(")[0].strip() for problem in problems] == [
         f"line 1 of {tmp_path}/a/metrics.jsonl is no metrics record: 'nonsense'; repair or remove it",
         "config.yaml is no YAML",
-        "its configuration has no loop.steps",
+        "its configuration has no loop.steps, and no stages",
     ]
 
 
