@@ -159,7 +159,7 @@ def draw_overlap(rows: list[Overlap]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("tokens a device from which on transfers hide")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 
