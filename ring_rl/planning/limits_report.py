@@ -176,7 +176,7 @@ def _csv(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _draw(config: LimitsConfig, results: Mapping[Cell, CellResult]) -> Figure:
     """A group of bars a row; the paper's contexts as lines across them."""
-    figure = Figure(figsize=(1.6 + 1.25 * len(config.rows), 4.4), layout="constrained")
+    figure = Figure(figsize=(max(6.0, 1.6 + 1.25 * len(config.rows)), 4.4), layout="constrained")
     axes = figure.add_subplot()
     wide = 0.8 / len(config.columns)
     marked = False
@@ -201,5 +201,6 @@ def _draw(config: LimitsConfig, results: Mapping[Cell, CellResult]) -> Figure:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     axes.set_ylabel("longest context, thousands of tokens (of 1024)")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8, ncols=min(len(config.columns) + 1, 3))
+    # Outside: a bar of any height may stand anywhere.
+    figure.legend(fontsize=8, ncols=min(len(config.columns) + 1, 5), loc="outside lower center")
     return figure
