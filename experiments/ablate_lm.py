@@ -1,9 +1,7 @@
 """Which parts of the retrieval recipe matter; conf/ablate_lm.yaml documents every key."""
 
-import csv
 import dataclasses
 import functools
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +17,7 @@ from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.training.metrics import read_metrics
 from ring_rl.training.provenance import read_starts
 from ring_rl.training.stage_records import read_stage_records, whole_seconds
-from ring_rl.training.tables import markdown_table
+from ring_rl.training.tables import csv_table, markdown_table
 
 REPOSITORY = Path(__file__).parents[1]
 run = functools.partial(run_script, REPOSITORY)
@@ -116,11 +114,7 @@ def write_report(config: AblateLmConfig, rows: list[dict[str, Any]]) -> None:
     """ablations.csv, table.md and summary.json."""
     config.output.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(config.output / "ablations.csv", text.getvalue())
+    write_whole(config.output / "ablations.csv", csv_table(rows))
     stages = [name.removeprefix("steps_") for name in columns if name.startswith("steps_")]
     head = ["change", "seed", *(f"steps of {name}" for name in stages), *(f"right at {n}" for n in config.lengths)]
     table = [head]

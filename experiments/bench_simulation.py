@@ -1,8 +1,6 @@
 """Episodes a second of collecting and evaluating; conf/bench_simulation.yaml documents every key."""
 
-import csv
 import dataclasses
-import io
 import json
 import os
 import statistics
@@ -32,7 +30,7 @@ from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.training.flops import matmul_parameters, model_flops_per_step
 from ring_rl.training.plots import write_figure
 from ring_rl.training.provenance import device_description, git_commit, versions
-from ring_rl.training.tables import markdown_table
+from ring_rl.training.tables import csv_table, markdown_table
 
 OUTPUTS = ("simulation.json", "collection.csv", "in_context.csv", "table.md", "simulation.png")
 DIFFERENCES = ("observations", "rewards", "physics")
@@ -283,15 +281,6 @@ def plot(collection: Sequence[dict], context: Sequence[dict], path: Path) -> Non
     write_figure(figure, path)
 
 
-def csv_text(records: Sequence[dict]) -> str:
-    """Records as CSV, with a head."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, records[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
-
-
 def table_rows(config: SimulationBenchmarkConfig, figures: dict[str, float]) -> list[list[str]]:
     """What was measured, how fast it went and what that is compared with."""
     rows = [["measurement", "control steps a second", "beside a plain dm_control loop", "largest difference"]]
@@ -329,8 +318,8 @@ def measure(config: SimulationBenchmarkConfig) -> None:
         "versions": versions("ring_rl", "jax", "jaxlib", "dm_control", "mujoco", "gymnasium"),
     }
     config.output.mkdir(parents=True, exist_ok=True)
-    write_whole(config.output / "collection.csv", csv_text(collection))
-    write_whole(config.output / "in_context.csv", csv_text(context))
+    write_whole(config.output / "collection.csv", csv_table(collection))
+    write_whole(config.output / "in_context.csv", csv_table(context))
     write_whole(config.output / "simulation.json", json.dumps(result, indent=2) + "\n")
     write_whole(config.output / "table.md", markdown_table(table_rows(config, figures)))
     plot(collection, context, config.output / "simulation.png")

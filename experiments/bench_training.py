@@ -1,9 +1,7 @@
 """Speed of the training step and the longest context that fits; conf/bench_training.yaml documents every key."""
 
-import csv
 import dataclasses
 import gc
-import io
 import json
 import statistics
 import time
@@ -28,6 +26,7 @@ from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
 from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.training.state import abstract_state, create_state
 from ring_rl.training.step import compile_step, make_train_step
+from ring_rl.training.tables import csv_table
 from ring_rl.training.throughput import StepWork, memory_in_use, peak_flops_per_second
 
 OUTPUTS = ("training.csv", "summary.json")
@@ -164,13 +163,8 @@ def longest_context(config: TrainingBenchmarkConfig, known: Measured, say) -> li
 def write_results(config: TrainingBenchmarkConfig, rows: list[Measured]) -> None:
     """CSV and provenance."""
     config.output.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(
-        text, fieldnames=[field.name for field in dataclasses.fields(Measured)], lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in sorted(rows, key=lambda row: row.tokens))
-    write_whole(config.output / "training.csv", text.getvalue())
+    ascending = sorted(rows, key=lambda row: row.tokens)
+    write_whole(config.output / "training.csv", csv_table([dataclasses.asdict(row) for row in ascending]))
     summary = {
         "config": {**to_mapping(config), "output": str(config.output)},
         "commit": git_commit(),

@@ -3,9 +3,7 @@
 conf/check_overlap.yaml documents every key.
 """
 
-import csv
 import dataclasses
-import io
 import json
 import sys
 from pathlib import Path
@@ -35,6 +33,7 @@ from ring_rl.kernels.mask import Mask
 from ring_rl.kernels.schedule import Permute, Schedule
 from ring_rl.planning.topology import describe_topology
 from ring_rl.training.provenance import git_commit, versions
+from ring_rl.training.tables import csv_table
 
 OUTPUTS = ("permutes.csv", "timeline.png", "summary.json")
 AXIS = "sp"
@@ -184,11 +183,7 @@ def write_results(config: OverlapConfig, programs: list[Program]) -> None:
     """The table as CSV, the picture, and what they were made of."""
     config.output.mkdir(parents=True, exist_ok=True)
     rows = permute_rows(programs)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_whole(config.output / "permutes.csv", text.getvalue())
+    write_whole(config.output / "permutes.csv", csv_table(rows))
     with atomic_file(config.output / "timeline.png", overwrite=True) as temporary:
         draw(programs).savefig(temporary, dpi=130)
     summary = {

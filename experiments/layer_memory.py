@@ -1,8 +1,6 @@
 """Compiled activations of one layer beside the paper's table 1; conf/layer_memory.yaml documents every key."""
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +34,7 @@ from ring_rl.planning.layer_activations import (
 from ring_rl.planning.topology import devices_of, tpu_slice
 from ring_rl.training.mesh import request_virtual_devices
 from ring_rl.training.provenance import git_commit, versions
-from ring_rl.training.tables import markdown_table
+from ring_rl.training.tables import csv_table, markdown_table
 
 OUTPUTS = ("memory.csv", "table.md", "memory.png", "summary.json")
 
@@ -248,12 +246,7 @@ def draw(rows: list[Row]) -> Figure:
 def write_results(config: LayerMemoryConfig, rows: list[Row], seconds: float) -> None:
     """CSV, table, picture and provenance, beside one another."""
     config.output.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    fields = [field.name for field in dataclasses.fields(Row)]
-    writer = csv.DictWriter(text, fieldnames=fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
-    write_whole(config.output / "memory.csv", text.getvalue())
+    write_whole(config.output / "memory.csv", csv_table([dataclasses.asdict(row) for row in rows]))
     write_whole(config.output / "table.md", markdown_table(table_rows(config, rows)))
     with atomic_file(config.output / "memory.png", overwrite=True) as temporary:
         draw(rows).savefig(temporary, dpi=130)

@@ -1,8 +1,6 @@
 """Compiled memory a device as ring and context grow together; conf/lm_memory.yaml documents every key."""
 
-import csv
 import dataclasses
-import io
 import json
 from pathlib import Path
 
@@ -25,13 +23,13 @@ from ring_rl.lm.model import LanguageModel, LanguageModelConfig
 from ring_rl.lm.token_batch import TokenBatch
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.transformer_config import TransformerConfig
-from ring_rl.training.dry_run import needed_bytes
+from ring_rl.training.dry_run import needed_bytes, sharded_bytes
 from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh, request_virtual_devices, with_shardings
 from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
 from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.training.state import abstract_state
 from ring_rl.training.step import compile_step, make_train_step
-from ring_rl.training.tables import markdown_table
+from ring_rl.training.tables import csv_table, markdown_table
 
 OUTPUTS = ("memory.csv", "table.md", "memory.png", "summary.json")
 
@@ -106,15 +104,11 @@ def compiled_memory(config: MemoryConfig, *, devices: int, tokens: int) -> Row:
         graphdef, state.parameters, batch.tokens, batch.positions, batch.targets, parallel=parallel, chunks=chunks
     ).compile()
     platform = mesh.devices.flat[0].platform
-    shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(state)]
     return Row(
         devices=devices,
         tokens=tokens,
         training_bytes=needed_bytes(training, platform=platform),
-        state_bytes=sum(
-            int(np.prod(shape)) * leaf.dtype.itemsize
-            for shape, leaf in zip(shards, jax.tree.leaves(state), strict=True)
-        ),
+        state_bytes=sharded_bytes(state),
         perplexity_bytes=needed_bytes(perplexity, platform=platform),
     )
 
@@ -134,11 +128,7 @@ def table_rows(rows: list[Row]) -> list[list[str]]:
 def write_results(config: MemoryConfig, rings: list[Row], alone: list[Row]) -> None:
     """CSV, table, picture and provenance, beside one another."""
     config.output.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=[field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in [*rings, *alone])
-    write_whole(config.output / "memory.csv", text.getvalue())
+    write_whole(config.output / "memory.csv", csv_table([dataclasses.asdict(row) for row in [*rings, *alone]]))
     write_whole(config.output / "table.md", markdown_table(table_rows([*rings, *alone])))
     figure = Figure(figsize=(9.0, 3.8), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), ("training", "perplexity"), strict=True):

@@ -1,8 +1,6 @@
 """Compiled memory a device against the ring size; conf/memory_by_ring_size.yaml documents every key."""
 
-import csv
 import dataclasses
-import io
 import json
 from pathlib import Path
 
@@ -28,7 +26,7 @@ from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
 from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.training.state import create_state
 from ring_rl.training.step import compile_step, compiled_report, make_train_step
-from ring_rl.training.tables import markdown_table
+from ring_rl.training.tables import csv_table, markdown_table
 
 OUTPUTS = ("memory.csv", "table.md", "memory.png", "summary.json")
 
@@ -81,11 +79,7 @@ def compiled_memory(config: MemoryConfig, ring_size: int) -> dict[str, int]:
 def write_results(config: MemoryConfig, reports: list[dict[str, int]]) -> None:
     """CSV, picture and the configuration, beside one another."""
     config.output.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(reports[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(reports)
-    write_whole(config.output / "memory.csv", text.getvalue())
+    write_whole(config.output / "memory.csv", csv_table(reports))
     write_whole(config.output / "table.md", markdown_table(memory_rows(reports)))
     sizes = np.array([report["ring_size"] for report in reports])
     total = np.array([report["argument_bytes"] + report["temporary_bytes"] for report in reports]) / 2**20

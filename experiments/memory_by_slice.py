@@ -1,8 +1,6 @@
 """Compiled memory of a device as ring and context grow together; conf/memory_by_slice.yaml documents every key."""
 
-import csv
 import dataclasses
-import io
 import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,7 +24,7 @@ from ring_rl.planning.forecast import duration
 from ring_rl.planning.probe_cache import ProbeCache, open_probe_cache
 from ring_rl.planning.topology import Machine, machine_named, require_libtpu
 from ring_rl.training.provenance import git_commit, versions
-from ring_rl.training.tables import markdown_table
+from ring_rl.training.tables import csv_table, markdown_table
 
 OUTPUTS = ("memory.csv", "table.md", "memory.png", "summary.json")
 
@@ -217,12 +215,7 @@ def draw(config: SliceConfig, rows: list[Row]) -> Figure:
 def write_results(config: SliceConfig, rows: list[Row]) -> None:
     """CSV, table, picture and provenance, beside one another."""
     config.output.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    fields = [field.name for field in dataclasses.fields(Row)]
-    writer = csv.DictWriter(text, fieldnames=fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
-    write_whole(config.output / "memory.csv", text.getvalue())
+    write_whole(config.output / "memory.csv", csv_table([dataclasses.asdict(row) for row in rows]))
     write_whole(config.output / "table.md", markdown_table(table_rows(rows)))
     with atomic_file(config.output / "memory.png", overwrite=True) as temporary:
         draw(config, rows).savefig(temporary, dpi=130)

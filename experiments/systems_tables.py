@@ -1,8 +1,6 @@
 """Tables 2 and 4 and figure 5 of Ring Attention by formula; conf/systems_tables.yaml documents every key."""
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +27,7 @@ from ring_rl.planning.paper_tables import (
     overlap_rows,
 )
 from ring_rl.training.provenance import git_commit, versions
-from ring_rl.training.tables import markdown_table
+from ring_rl.training.tables import csv_table, markdown_table
 
 TABLES = ("overlap", "flops", "growth")
 OUTPUTS = (
@@ -187,12 +185,7 @@ def write_results(config: TablesConfig, tables: dict[str, Sequence[Any]]) -> Non
     """CSV, tables, pictures and where the figures are from, beside one another."""
     config.output.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
-        text = io.StringIO()
-        fields = [field.name for field in dataclasses.fields(rows[0])]
-        writer = csv.DictWriter(text, fieldnames=fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
-        write_whole(config.output / f"{name}.csv", text.getvalue())
+        write_whole(config.output / f"{name}.csv", csv_table([dataclasses.asdict(row) for row in rows]))
         write_whole(config.output / f"{name}.md", markdown_table(as_text(config, tables)[name]))
     pictures = {
         "overlap": draw_overlap(list(tables["overlap"])),

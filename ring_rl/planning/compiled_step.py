@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from ring_rl.lm.loss import make_language_loss
 from ring_rl.lm.model import LanguageModel, LanguageModelConfig
 from ring_rl.lm.token_batch import TokenBatch
 from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
-from ring_rl.training.dry_run import needed_bytes
+from ring_rl.training.dry_run import needed_bytes, sharded_bytes
 from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh, with_shardings
 from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
 from ring_rl.training.state import abstract_state
@@ -156,10 +155,7 @@ def lower_step(request: StepRequest, devices: Sequence[Any]) -> tuple[jax.stages
     batch = _abstract_batch(request.batch_size, request.context)
     loss = make_language_loss(parallel, chunks=request.loss_chunks, z_loss=0.0)
     step = make_train_step(loss, graphdef, optimizer, mesh, seed=0)
-    state_bytes = sum(
-        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state)
-    )
-    return step.lower(state, with_shardings(batch, batch_sharding(mesh, batch))), state_bytes
+    return step.lower(state, with_shardings(batch, batch_sharding(mesh, batch))), sharded_bytes(state)
 
 
 def parse_refusal(message: str) -> tuple[int | None, int | None] | None:

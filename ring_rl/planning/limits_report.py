@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -17,7 +15,7 @@ from ring_rl.planning.limits import Cell, CellResult, LimitsConfig, Row
 from ring_rl.planning.probe_cache import ProbeCache
 from ring_rl.training.plots import write_figure
 from ring_rl.training.provenance import git_commit
-from ring_rl.training.tables import markdown_table
+from ring_rl.training.tables import csv_table, markdown_table
 
 __all__ = ["OUTPUTS", "headline", "ratio", "table_rows", "write_limits"]
 
@@ -72,8 +70,8 @@ def write_limits(
 ) -> None:
     """All files of `OUTPUTS`, beside one another."""
     config.output.mkdir(parents=True, exist_ok=True)
-    write_whole(config.output / "limits.csv", _csv(_cell_records(config, results)))
-    write_whole(config.output / "probes.csv", _csv(_probe_records(results)))
+    write_whole(config.output / "limits.csv", csv_table(_cell_records(config, results)))
+    write_whole(config.output / "probes.csv", csv_table(_probe_records(results)))
     write_whole(config.output / "table.md", markdown_table(table_rows(config, results)))
     if any(each.context for each in results.values()):
         write_figure(_draw(config, results), config.output / "limits.png")
@@ -162,16 +160,6 @@ def _probe_records(results: Mapping[Cell, CellResult]) -> list[dict[str, Any]]:
         for cell, result in results.items()
         for length, memory in sorted(result.known.items())
     ]
-
-
-def _csv(records: Sequence[Mapping[str, Any]]) -> str:
-    if not records:
-        return ""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: "" if value is None else value for key, value in record.items()} for record in records)
-    return text.getvalue()
 
 
 def _draw(config: LimitsConfig, results: Mapping[Cell, CellResult]) -> Figure:

@@ -16,8 +16,9 @@ from rich.table import Table
 from ring_rl.kernels.hardware import VIRTUAL_CPU, hardware_for
 from ring_rl.training.mesh import describe_mesh
 from ring_rl.training.step import TrainStep
+from ring_rl.typing import PyTree
 
-__all__ = ["DryRun", "device_memory", "dry_run", "needed_bytes", "print_dry_run"]
+__all__ = ["DryRun", "device_memory", "dry_run", "needed_bytes", "print_dry_run", "sharded_bytes"]
 
 _GIB = 2**30
 
@@ -114,9 +115,7 @@ def dry_run(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.parameters)),
         tokens=tokens,
         model_flops=model_flops,
-        state_bytes=sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
-        ),
+        state_bytes=sharded_bytes(state),
         needed_bytes=needed,
         available_bytes=available,
         available_source=source,
@@ -145,6 +144,11 @@ def needed_bytes(compiled: jax.stages.Compiled, *, platform: str) -> int:
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes
     )
+
+
+def sharded_bytes(tree: PyTree[Any]) -> int:
+    """What one device holds of arrays, or of shapes, that say how they are laid out."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def device_memory(device: jax.Device) -> tuple[int | None, str]:

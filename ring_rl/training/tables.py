@@ -1,8 +1,23 @@
-"""Tables as Markdown."""
+"""Tables as CSV and as Markdown."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-__all__ = ["markdown_table"]
+__all__ = ["csv_table", "markdown_table"]
+
+
+def csv_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records as CSV, under the names of all their keys; what a record lacks, and None, is left empty."""
+    if not records:
+        return ""
+    text = io.StringIO()
+    names = dict.fromkeys(name for record in records for name in record)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
