@@ -62,6 +62,7 @@ class StepCase:
     vocabulary_size: int
     tied_embedding: bool
     attention_block: AttentionBlock
+    heads_at_once: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,7 @@ class CheckConfig:
             loss_chunks=case.loss_chunks,
             optimizer=self.optimizer,
             attention_block=case.attention_block,
+            heads_at_once=case.heads_at_once,
         )
 
 

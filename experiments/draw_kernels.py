@@ -237,6 +237,7 @@ def record_ring(direction: Direction, *, device: int) -> list[Send | Block]:
         local=_NotingBlock(events, PRODUCTS[direction], holders(share * RING_SIZE, "zigzag")),
         looks_at_positions=False,
         prefers_positions=False,
+        heads_at_once=None,
         device=device,
         events=events,
     )

@@ -69,6 +69,7 @@ class PlanConfig:
     rates_of: str | None
     layout: Layout
     loss_chunks: int
+    heads_at_once: int | None
     mesh: Constraints
     policies: tuple[SavedActivations, ...]
     token_budget: float
@@ -107,6 +108,7 @@ class PlanConfig:
             loss_chunks=self.loss_chunks,
             optimizer=self.optimizer,
             attention_block="auto",
+            heads_at_once=self.heads_at_once,
         )
 
 

@@ -58,6 +58,7 @@ def attention(
     log_sum_exp_gradient: bool = True,
     local: LocalName | LocalBlock = "auto",
     block_size: int | None = None,
+    heads_at_once: int | None = None,
 ) -> AttentionOutput:
     """softmax(scale q kᵀ + mask) v over a sequence that is sharded over mesh axis `axis_name`.
 
@@ -93,6 +94,10 @@ def attention(
             blocks (cuDNN's) half of backward.
         local: The block that computes one device's share.
         block_size: Largest edge of a tile of scores, for blocks that are named and have tiles; None leaves it to them.
+        heads_at_once: Key-value heads, with the queries that read them, of one batch row that are worked on at a time,
+            at most; None leaves it to the block. Every group of heads goes round a ring of its own: the same bytes in
+            more and smaller transfers, and only a group's share of what a ring holds besides its arguments and
+            results. "dense" takes all at once.
 
     Differentiated once, in reverse; strategy="dense" serves forward mode and higher orders.
 
@@ -104,7 +109,9 @@ def attention(
     Per device O(T · visible keys) work and O(T) memory. Sums are float32 throughout. arXiv:2310.01889.
     """
     check_shapes(q, k, v)
-    check_options(mask=mask, layout=layout, block_size=block_size, scale=scale, soft_cap=soft_cap)
+    check_options(
+        mask=mask, layout=layout, block_size=block_size, heads_at_once=heads_at_once, scale=scale, soft_cap=soft_cap
+    )
     # Replicated where the others vary (keys of few heads under tensor parallelism), their gradients are summed there.
     q, k, v = vary_alike(q, k, v)
     side = checked_side(q, positions=positions, segment_ids=segment_ids, alibi_slopes=alibi_slopes, dropout=dropout)
@@ -118,6 +125,7 @@ def attention(
         ),
         local=local,
         block_size=block_size,
+        heads_at_once=heads_at_once,
         log_sum_exp_gradient=log_sum_exp_gradient,
     )
     axes = _axes(axis_name)
@@ -146,6 +154,7 @@ class _Settings:
     scoring: Scoring
     local: LocalName | LocalBlock
     block_size: int | None
+    heads_at_once: int | None
     log_sum_exp_gradient: bool
 
     def over_shards(self, axis_name: str | None, exchange: Exchange, q, k, v, side: Side) -> tuple[Array, Array]:
@@ -165,6 +174,7 @@ class _Settings:
             looks_at_positions=False,
             prefers_positions=False,
             local=XlaBlock(block_size=1),
+            heads_at_once=None,
         )
         if exchange == "ring" and window.serves(plan, length):
             exchange = "window"
@@ -189,6 +199,7 @@ class _Settings:
             local=local,
             looks_at_positions=local.looks_at_positions,
             prefers_positions=local.prefers_positions,
+            heads_at_once=self.heads_at_once or local.heads_at_once,
         )
         out, log_sum_exp = cast(tuple[Array, Array], attend(plan, exchange, q, k, v, side))
         return out, self._log_sum_exp(log_sum_exp)

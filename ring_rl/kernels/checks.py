@@ -40,9 +40,15 @@ def check_shapes(q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Floa
 
 
 def check_options(
-    *, mask: Mask, layout: str, block_size: int | None, scale: float | None, soft_cap: float | None
+    *,
+    mask: Mask,
+    layout: str,
+    block_size: int | None,
+    heads_at_once: int | None,
+    scale: float | None,
+    soft_cap: float | None,
 ) -> None:
-    """Raises ValueError unless these are a mask, a known layout, a possible size, and numbers known now."""
+    """Raises ValueError unless these are a mask, a known layout, possible sizes, and numbers known now."""
     for name, value in (("scale", scale), ("soft_cap", soft_cap)):
         if value is not None and not isinstance(value, numbers.Real):
             raise ValueError(
@@ -52,8 +58,9 @@ def check_options(
         raise ValueError(f"mask must be a Mask, such as CAUSAL or Mask(causal=True, window=1024); got {mask!r}")
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
-        raise ValueError(f"block_size must be a whole number of tokens, at least 1, or None; got {block_size!r}")
+    for name, unit, size in (("block_size", "tokens", block_size), ("heads_at_once", "heads", heads_at_once)):
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ValueError(f"{name} must be a whole number of {unit}, at least 1, or None; got {size!r}")
 
 
 def checked_side(

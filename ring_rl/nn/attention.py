@@ -78,6 +78,7 @@ class Attention(nnx.Module):
             log_sum_exp_gradient=False,
             local=parallel.local_block,
             block_size=self.block_size,
+            heads_at_once=parallel.heads_at_once,
         ).out
         return parallel.sum_over_tensor_axis(self._merge_heads(out))
 

@@ -37,6 +37,8 @@ class SequenceParallel:
         sequence_axis: The mesh axis that token axes are sharded over.
         local_block: What computes one device's share of attention; see `ring_rl.kernels.attention`. "auto" is the best
             one of the platform that runs; a program for another platform needs its block named.
+        heads_at_once: Key-value heads that go round the ring at a time: fewer for longer contexts; None leaves it to
+            the block. See `ring_rl.kernels.attention`.
     """
 
     mesh: Mesh
@@ -48,10 +50,13 @@ class SequenceParallel:
     tensor_axis: str = "tp"
     sequence_axis: str = "sp"
     local_block: LocalName | LocalBlock = "auto"
+    heads_at_once: int | None = None
 
     def __post_init__(self) -> None:
         if self.strategy not in SEQUENCE_STRATEGIES:
             raise ValueError(f"unknown strategy {self.strategy!r}; choose one of {', '.join(SEQUENCE_STRATEGIES)}")
+        if self.heads_at_once is not None and self.heads_at_once < 1:
+            raise ValueError(f"heads_at_once must be at least 1, or null to leave it be; got {self.heads_at_once}")
         if self.ulysses_size < 1 or self.sequence_devices % self.ulysses_size:
             raise ValueError(
                 f"ulysses_size={self.ulysses_size} does not divide {self.sequence_axis}={self.sequence_devices}; "
@@ -159,6 +164,7 @@ class SequenceParallel:
             tensor_axis=self.tensor_axis if self.size(self.tensor_axis) > 1 else None,
             sequence_axes=sequence_axes,
             local_block=self.local_block,
+            heads_at_once=self.heads_at_once,
         )
 
     def _present(self, axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -178,6 +184,7 @@ class LocalParallel:
         tensor_axis: The mesh axis whose devices share the heads, or None.
         sequence_axes: The mesh axes that tokens are sharded over: none, one, or (ring, ulysses).
         local_block: As in `SequenceParallel`.
+        heads_at_once: As in `SequenceParallel`.
     """
 
     mesh: Mesh
@@ -188,6 +195,7 @@ class LocalParallel:
     tensor_axis: str | None
     sequence_axes: tuple[str, ...]
     local_block: LocalName | LocalBlock
+    heads_at_once: int | None
 
     @property
     def token_axes(self) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ class StepSettings:
         feed_forward_block: Tokens that a blockwise feed-forward sees at a time.
         loss_block: Tokens whose logits a device sees at a time.
         attention_block: What computes a device's share, see `StepRequest`.
+        heads_at_once: Key-value heads that are worked on at a time, see `StepRequest`; vanilla attention takes all.
         tpu_dtype: Activations and matrix products on TPUs.
         gpu_dtype: The same on GPUs.
         optimizer: Its rule decides what state a parameter has.
@@ -64,6 +65,7 @@ class StepSettings:
     feed_forward_block: int
     loss_block: int
     attention_block: AttentionBlock
+    heads_at_once: int | None
     tpu_dtype: ComputeDtype
     gpu_dtype: ComputeDtype
     optimizer: OptimizerConfig
@@ -123,6 +125,7 @@ def step_request(
         optimizer=settings.optimizer,
         # On CPU devices that stand for GPUs only XLA's block compiles.
         attention_block="auto" if estimated else settings.attention_block,
+        heads_at_once=None if variant.strategy == "dense" else settings.heads_at_once,
     )
 
 

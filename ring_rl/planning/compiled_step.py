@@ -48,6 +48,7 @@ class StepRequest:
         optimizer: Its rule and numbers, of which only the rule matters here.
         attention_block: What computes a device's share of attention: "pallas_tpu", our own kernels, for TPUs only;
             "xla"; "auto" is pallas_tpu on TPUs and, on CPU devices, what would run there.
+        heads_at_once: Key-value heads that are worked on at a time; None leaves it to that block.
     """
 
     model: LanguageModelConfig
@@ -61,6 +62,7 @@ class StepRequest:
     loss_chunks: int
     optimizer: OptimizerConfig
     attention_block: AttentionBlock
+    heads_at_once: int | None
 
     def __post_init__(self) -> None:
         for name in ("context", "batch_size", "loss_chunks"):
@@ -143,6 +145,7 @@ def lower_step(request: StepRequest, devices: Sequence[Any]) -> tuple[jax.stages
         ulysses_size=request.ulysses_size,
         weight_axes=("fsdp", "sp") if request.weights_over_ring else ("fsdp",),
         local_block=_block(request, devices[0].platform),
+        heads_at_once=request.heads_at_once,
     )
     request.model.transformer.check(parallel, batch=request.batch_size, length=request.context)
     optimizer = make_optimizer(request.optimizer, total_steps=request.optimizer.warmup_steps + 1)

@@ -13,11 +13,19 @@ __all__ = ["LaidOutParallelConfig", "ParallelConfig", "make_parallel"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the devices that share a sequence meet, and whether they share the weights; see `SequenceParallel`."""
+    """How the devices that share a sequence meet, and whether they share the weights; see `SequenceParallel`.
+
+    Attributes:
+        strategy: How shards of a sequence meet.
+        ulysses_size: With strategy="hybrid", devices that swap tokens for heads; 1 otherwise.
+        weights_over_ring: Whether they share weights and moments, too.
+        heads_at_once: Key-value heads that go round the ring at a time; None leaves it to the local block.
+    """
 
     strategy: SequenceStrategy
     ulysses_size: int
     weights_over_ring: bool
+    heads_at_once: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,4 +52,5 @@ def make_parallel(mesh: MeshConfig, config: ParallelConfig, *, layout: Layout) -
         strategy=config.strategy,
         ulysses_size=config.ulysses_size,
         weight_axes=("fsdp", "sp") if config.weights_over_ring else ("fsdp",),
+        heads_at_once=config.heads_at_once,
     )

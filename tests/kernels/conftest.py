@@ -79,6 +79,7 @@ class Case:
     dropout_rate: float = 0.0
     local: LocalName | LocalBlock = "auto"
     block_size: int | None = None
+    heads_at_once: int | None = None
     magnitude: float = 1.0
     seed: int = 0
     check_vma: bool = True
@@ -165,6 +166,7 @@ class Case:
                     layout="contiguous" if self.layout == "balanced" else self.layout,
                     local=self.local,
                     block_size=self.block_size,
+                    heads_at_once=self.heads_at_once,
                     **self.options,
                     **sides,
                 )

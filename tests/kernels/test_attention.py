@@ -216,6 +216,8 @@ def test_strategies_that_do_not_fit_the_axis(strategy, axis_name, rule):
         ({"soft_cap": 0.0}, "soft_cap must be positive, got 0.0; None is no cap"),
         ({"local": "fast"}, "unknown local block 'fast'; choose one of auto, xla"),
         ({"block_size": -1}, "block_size must be a whole number of tokens, at least 1"),
+        ({"heads_at_once": 0}, "heads_at_once must be a whole number of heads, at least 1"),
+        ({"heads_at_once": 1.5}, "heads_at_once must be a whole number of heads, at least 1"),
     ],
 )
 def test_options_that_do_not_fit(options, rule):

@@ -51,6 +51,37 @@ def test_some_heads_at_a_time_on_a_virtual_ring(case):
     case(**shape, virtual=True, local=block, dropout_rate=0.2).check()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "axes", "layout"),
+    [
+        ("ring", (4,), "zigzag"),
+        ("all_gather", (4,), "striped"),
+        ("ulysses", (2,), "contiguous"),
+        ("blockwise", (), "contiguous"),
+    ],
+)
+def test_a_caller_may_ask_for_some_heads_at_a_time(case, strategy, axes, layout):
+    """Whatever the block would take; every head keeps its own slope and its own dropped weights."""
+    shape = {"axes": axes, "layout": layout, "strategy": strategy, "heads": (8, 4), "tokens": 16}
+    block = XlaBlock(block_size=8, heads_at_once=4)
+    case(**shape, local=block, heads_at_once=1, alibi=True, dropout_rate=0.2).check()
+
+
+@pytest.mark.parametrize(("asked", "seen"), [(None, (2, 4)), (1, (1, 1)), (3, (1, 2)), (64, (1, 4))])
+def test_the_block_gets_as_many_heads_as_were_asked_for(asked, seen):
+    """A divisor of them; where it is all of them, of one row nevertheless."""
+    shapes = []
+
+    class Watching(CountingBlock):
+        def forward(self, queries, keys, **rest):
+            shapes.append(keys.k.shape[:2])
+            return super().forward(queries, keys, **rest)
+
+    q = jnp.ones((2, 8, 8, 4))
+    attention(q, q[:, :, :4], q[:, :, :4], mask=CAUSAL, strategy="blockwise", local=Watching(), heads_at_once=asked)
+    assert set(shapes) == {seen}
+
+
 def test_error_does_not_grow_with_the_ring(case):
     """Partial results merge in float32 with one division: eight devices round no worse than one."""
     one = case(layout="zigzag", tokens=512, local=XlaBlock(block_size=64), seed=1, axes=(1,), heads=(2, 1))

@@ -32,6 +32,7 @@ def settings(ring_request):
         feed_forward_block=128,
         loss_block=256,
         attention_block="auto",
+        heads_at_once=1,
         tpu_dtype="bfloat16",
         gpu_dtype="float32",
         optimizer=ring_request.optimizer,
@@ -50,6 +51,8 @@ def test_one_sequence_a_device_and_one_over_all(settings):
         8,
         True,
     )
+    vanilla = step_request(dataclasses.replace(ONE, strategy="dense"), small_transformer(), settings, **step)
+    assert (one.heads_at_once, over.heads_at_once, vanilla.heads_at_once) == (1, 1, None)
     for request in (one, over):
         assert request.loss_chunks == 2
         assert request.model.transformer.feed_forward_chunks == 4

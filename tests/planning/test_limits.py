@@ -52,6 +52,7 @@ def config(ring_request, tmp_path):
             feed_forward_block=256,
             loss_block=256,
             attention_block="auto",
+            heads_at_once=None,
             tpu_dtype="bfloat16",
             gpu_dtype="float32",
             optimizer=ring_request.optimizer,

@@ -43,5 +43,6 @@ def small_request(
         loss_chunks=1,
         optimizer=_ADAMW,
         attention_block="auto",
+        heads_at_once=None,
     )
     return dataclasses.replace(small, **changes)

@@ -7,7 +7,7 @@ from ring_rl.training.mesh import MeshConfig
 from ring_rl.training.parallel_config import LaidOutParallelConfig, ParallelConfig, make_parallel
 
 MESH = MeshConfig(dp=1, fsdp=2, tp=1, sp=4)
-KEYS = {"strategy": "hybrid", "ulysses_size": 2, "weights_over_ring": False}
+KEYS = {"strategy": "hybrid", "ulysses_size": 2, "weights_over_ring": False, "heads_at_once": 3}
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous", "striped"])
@@ -16,6 +16,7 @@ def test_every_key_reaches_the_mesh(layout):
     assert (around.size("fsdp"), around.size("sp"), around.ring_size) == (2, 4, 2)
     assert (around.layout, around.strategy, around.ulysses_size) == (layout, "hybrid", 2)
     assert around.weight_axes == ("fsdp",)
+    assert around.local().heads_at_once == 3
     over_ring = from_mapping(ParallelConfig, KEYS | {"weights_over_ring": True})
     assert make_parallel(MESH, over_ring, layout=layout).weight_axes == ("fsdp", "sp")
 

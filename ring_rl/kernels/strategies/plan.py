@@ -59,6 +59,7 @@ class Plan:
         local: The block that computes a rectangle.
         looks_at_positions: Whether that block serves rectangles whose positions only the running program knows.
         prefers_positions: Whether it serves those as fast as rectangles that are visible in full.
+        heads_at_once: Key-value heads of one batch row that are worked on at a time, at most; None is all of all rows.
     """
 
     axis_name: str | None
@@ -70,6 +71,7 @@ class Plan:
     local: LocalBlock
     looks_at_positions: bool
     prefers_positions: bool
+    heads_at_once: int | None
 
     @property
     def index(self) -> Array | int:

@@ -69,13 +69,13 @@ def heads_first(x: Array) -> Array:
 
 
 def _by_heads(plan: Plan, share, side: Side, of_queries: tuple[Array, ...], of_keys: tuple[Array, ...]):
-    """`share(side, *of_queries, *of_keys)`, for as many heads of a batch row at a time as the local block wants.
+    """`share(side, *of_queries, *of_keys)`, for as many heads of a batch row at a time as the plan says.
 
     Everything is [B, heads, T, ...]. One head at a time means a ring for each: the same bytes in more transfers, and
     every buffer of it that much smaller.
     """
     (B, H), K = of_queries[0].shape[:2], of_keys[0].shape[1]
-    wanted = plan.local.heads_at_once
+    wanted = plan.heads_at_once
     heads = K if wanted is None else max(n for n in range(1, min(wanted, K) + 1) if K % n == 0)
     if wanted is None or (B == 1 and heads == K):
         return share(side, *of_queries, *of_keys)
