@@ -53,6 +53,7 @@ class OverlapConfig:
     layout: Layout
     local: Literal["pallas_tpu", "xla"]
     block_size: int
+    heads_at_once: int | None
     output: Path
     overwrite: bool
 
@@ -85,7 +86,8 @@ def compile_ring(config: OverlapConfig, topology: str) -> list[Program]:
     mask, block = Mask(causal=config.causal), config.block()
 
     def attend(q, k, v):
-        return attention(q, k, v, mask=mask, axis_name=AXIS, layout=config.layout, strategy="ring", local=block).out
+        how = {"layout": config.layout, "strategy": "ring", "heads_at_once": config.heads_at_once}
+        return attention(q, k, v, mask=mask, axis_name=AXIS, local=block, **how).out
 
     over_devices = jax.shard_map(attend, mesh=mesh, in_specs=spec, out_specs=spec)
     tokens, sharding = config.tokens_per_device * mesh.size, NamedSharding(mesh, spec)
