@@ -205,7 +205,14 @@ class Memory:
     backward_buffers: int
 
 
-def memory(shape: AttentionShape, *, strategy: Strategy, layout: Layout, axis_size: int | tuple[int, int]) -> Memory:
+def memory(
+    shape: AttentionShape,
+    *,
+    strategy: Strategy,
+    layout: Layout,
+    axis_size: int | tuple[int, int],
+    heads_at_once: int | None = None,
+) -> Memory:
     """Bytes that attention occupies on one device, without accumulators and tiles, which all strategies share.
 
         saved        q, k, v, out of c tokens and their log-sum-exp: B c (2 H + 2 K) D e + 4 B c H
@@ -218,7 +225,9 @@ def memory(shape: AttentionShape, *, strategy: Strategy, layout: Layout, axis_si
         blockwise    no buffers
         dense        buffers: logits in float32, 4 B H T²; in backward weights and their gradients, twice that
 
-    A window's halo needs no more than the ring's buffers. Arguments and errors as in `traffic`.
+    A window's halo needs no more than the ring's buffers. With `heads_at_once` the buffers of ring and all_gather are
+    those of so many key-value heads (at most, and a divisor of all) of one row. Other arguments and errors as in
+    `traffic`.
     """
     ring_size, ulysses_size = _sizes(strategy, axis_size)
     share = _share(shape, strategy=strategy, layout=layout, ring_size=ring_size, ulysses_size=ulysses_size)
@@ -230,10 +239,24 @@ def memory(shape: AttentionShape, *, strategy: Strategy, layout: Layout, axis_si
         logits = _FLOAT32_BYTES * shape.batch * shape.query_heads * shape.tokens**2
         return Memory(saved, logits, 2 * logits)
     shards = ring_size if strategy == "all_gather" else min(2, ring_size - 1)
-    elements = shards * 2 * shape.batch * share * heads * shape.head_dim
+    rows, heads_together = shape.batch, heads
+    if heads_at_once is not None:
+        rows, heads_together = 1, largest_divisor(heads, at_most=heads_at_once)
+    elements = shards * 2 * rows * share * heads_together * shape.head_dim
     other_side = activations if ulysses_size > 1 else 0
     forward = other_side + elements * shape.element_bytes
     return Memory(saved, forward, forward + elements * _FLOAT32_BYTES)
+
+
+def largest_divisor(number: int, *, at_most: int) -> int:
+    """The largest divisor that is not above `at_most`: heads are worked on in equal groups.
+
+    Raises:
+        ValueError: `at_most` is below 1.
+    """
+    if at_most < 1:
+        raise ValueError(f"a group has at least 1 of the {number}, got at_most={at_most}")
+    return max(size for size in range(1, min(at_most, number) + 1) if number % size == 0)
 
 
 def exchanged_key_value_heads(shape: AttentionShape, *, ulysses_size: int) -> int:

@@ -180,6 +180,18 @@ def test_memory_of_a_ring_is_two_shards_however_many_devices():
     assert two.forward_buffers * 2 == eight.forward_buffers
 
 
+@pytest.mark.parametrize(("asked", "together"), [(1, 1), (3, 2), (4, 4), (9, 4)])
+def test_buffers_of_some_heads_at_a_time_are_those_of_a_smaller_ring(asked, together):
+    shape = dataclasses.replace(SHAPE, batch=3, query_heads=8, key_value_heads=4)
+    group = dataclasses.replace(shape, batch=1, query_heads=2 * together, key_value_heads=together)
+    ring = {"strategy": "ring", "layout": "contiguous", "axis_size": 4}
+    found, alone, whole = memory(shape, **ring, heads_at_once=asked), memory(group, **ring), memory(shape, **ring)
+    assert (found.forward_buffers, found.backward_buffers) == (alone.forward_buffers, alone.backward_buffers)
+    assert found.saved == whole.saved
+    with pytest.raises(ValueError, match="at least 1"):
+        memory(shape, **ring, heads_at_once=0)
+
+
 def test_memory_of_the_others():
     def of(strategy, axis_size):
         return memory(SHAPE, strategy=strategy, layout="contiguous", axis_size=axis_size)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from ring_rl.kernels.cost import largest_divisor
 from ring_rl.kernels.strategies import all_gather, ring, window
 from ring_rl.kernels.strategies.plan import Plan, Side
 from ring_rl.kernels.strategies.ring import axis_is_bound
@@ -76,7 +77,7 @@ def _by_heads(plan: Plan, share, side: Side, of_queries: tuple[Array, ...], of_k
     """
     (B, H), K = of_queries[0].shape[:2], of_keys[0].shape[1]
     wanted = plan.heads_at_once
-    heads = K if wanted is None else max(n for n in range(1, min(wanted, K) + 1) if K % n == 0)
+    heads = K if wanted is None else largest_divisor(K, at_most=wanted)
     if wanted is None or (B == 1 and heads == K):
         return share(side, *of_queries, *of_keys)
     groups, G = K // heads, H // K
