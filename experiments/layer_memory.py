@@ -47,6 +47,7 @@ class LayerMemoryConfig:
     devices: int
     dtype: ComputeDtype
     attention_block: AttentionBlock
+    heads_at_once: int | None
     tokens: int
     dense_tokens: int
     width: int
@@ -136,7 +137,13 @@ def compiled(config: LayerMemoryConfig) -> tuple[list[Row], float]:
                 continue
             progress.update(bar, description=f"{architecture}, {part}, {direction}")
             shape = config.shape(architecture)
-            done[program] = compile_layer(program, shape, devices, attention_block=config.attention_block)
+            done[program] = compile_layer(
+                program,
+                shape,
+                devices,
+                attention_block=config.attention_block,
+                heads_at_once=config.heads_at_once,
+            )
             progress.advance(bar)
     rows = []
     for direction in DIRECTIONS:

@@ -75,11 +75,11 @@ def problem_of(request: StepRequest, machine: Machine) -> str | None:
 
 
 def first_guess(request: StepRequest, machine: Machine) -> int:
-    """Tokens a device of the right order: layers' saved inputs, or scores, in half of the memory that is free."""
+    """Tokens a device of the right order, rather too many: layers' saved inputs, or scores, in all that is free."""
     transformer = request.model.transformer
     sizes = model_sizes(request, devices=machine.devices)
     free = machine.memory_bytes - sizes.state_bytes - _GRADIENT_BYTES * sizes.parameters // machine.devices
-    free = max(free, machine.memory_bytes // 16) / 2
+    free = max(free, machine.memory_bytes // 16)
     if request.strategy == "dense":
         # Scores, weights and their gradients, in float32.
         return int(math.sqrt(free / (4 * 4 * transformer.query_heads)))

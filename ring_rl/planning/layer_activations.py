@@ -141,9 +141,16 @@ class LayerMemory:
 
 
 def compile_layer(
-    program: LayerProgram, shape: LayerShape, devices: Sequence[Any], *, attention_block: AttentionBlock
+    program: LayerProgram,
+    shape: LayerShape,
+    devices: Sequence[Any],
+    *,
+    attention_block: AttentionBlock,
+    heads_at_once: int | None,
 ) -> LayerMemory:
     """Compiles the program for all of these devices, which need not be there.
+
+    Attention takes `heads_at_once` heads at a time, all or as many as the block wants if None.
 
     Of a TPU's program it is the compiler's peak less arguments and results, of any other the temporaries.
 
@@ -160,6 +167,7 @@ def compile_layer(
         strategy="dense" if program.dense else "ring",
         weight_axes=(),
         local_block=local_block(attention_block, platform=platform, block_size=shape.block_size),
+        heads_at_once=heads_at_once,
     )
     config = shape.transformer(blockwise=program.blockwise)
     rows, tokens = count // sp, program.tokens * sp

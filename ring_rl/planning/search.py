@@ -1,7 +1,8 @@
 """The longest context that fits, in few probes: each of them is a compilation of minutes.
 
 Memory is close to affine in the tokens of a device (with dense attention, in their square), so two probes foretell the
-rest; but the answer is only one once it was seen to fit, and the next longer context not to.
+rest; but the answer is only one once it was seen to fit, and the next longer context not to. A compiler refuses what
+does not fit within seconds, and says what it wanted: so the search comes from above, where it can.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ def next_length(
         index = (low + high) // 2 if high < len(lengths) else 2 * low + 1
     else:
         foretold = _foretold(lengths, known, memory_bytes=memory_bytes, fixed_bytes=fixed_bytes, degree=degree)
-        # What is foretold to be the last that fits and was seen to fit leaves the next one to decide.
-        index = (low + high) // 2 if foretold is None else bisect.bisect_right(lengths, foretold) - 1
+        # The first that is foretold not to fit; once it was seen not to, the one below it.
+        index = (low + high) // 2 if foretold is None else bisect.bisect_right(lengths, foretold)
     return lengths[min(max(index, low + 1), high - 1)]
 
 
@@ -151,7 +152,7 @@ def _foretold(
     fitting = sorted(length for length in sized if known[length].fits)
     failing = sorted(length for length in sized if not known[length].fits)
     # What a compiler says of a program that it refused is less to be trusted.
-    chosen = fitting[-2:] if len(fitting) > 1 else [*fitting[-1:], *failing[:1]]
+    chosen = fitting[-2:] if len(fitting) > 1 else [*fitting[-1:], *failing[: 2 - len(fitting)]]
     if not chosen:
         return None
     if len(chosen) == 1:

@@ -32,7 +32,7 @@ def made_up(script, monkeypatch):
     """Five times the table in place of compilation, q, k, v and out in a blockwise attention."""
     asked = []
 
-    def compile_layer(program, shape, devices, *, attention_block):
+    def compile_layer(program, shape, devices, *, attention_block, heads_at_once):
         asked.append(program)
         array = shape.element_bytes * shape.tokens * shape.width
         if program.part == "feed_forward":
