@@ -14,23 +14,14 @@ from ring_rl.agent.model import make_model
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.input import InputConfig, RowStream
 from ring_rl.training.mesh import MeshConfig, make_mesh
-from ring_rl.training.optimizer import AdamWConfig, make_optimizer
+from ring_rl.training.optimizer import make_optimizer
 from ring_rl.training.state import create_state
 from ring_rl.training.step import make_train_step
+from small_optimizer import adamw
 
 STEPS = 20
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 4, 2), (1, 1, 1, 8), (1, 2, 2, 2), (2, 1, 1, 4)]
-OPTIMIZER = AdamWConfig(
-    name="adamw",
-    learning_rate=3e-3,
-    weight_decay=0.01,
-    beta1=0.9,
-    beta2=0.98,
-    warmup_steps=2,
-    schedule="cosine",
-    final_learning_rate_fraction=0.1,
-    gradient_clip_norm=1.0,
-)
+OPTIMIZER = adamw(learning_rate=3e-3, weight_decay=0.01, beta2=0.98, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")

@@ -14,22 +14,12 @@ from ring_rl.lm.training_task import LossConfig
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.input import InputConfig
 from ring_rl.training.mesh import MeshConfig, make_mesh
-from ring_rl.training.optimizer import AdamWConfig
 from ring_rl.training.step import compile_step
 from small_models import small_language_model, small_transformer
+from small_optimizer import adamw
 
 TOKENIZER = compact_tokenizer(key_words("small"))
-OPTIMIZER = AdamWConfig(
-    name="adamw",
-    learning_rate=1e-3,
-    weight_decay=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    warmup_steps=5,
-    schedule="cosine",
-    final_learning_rate_fraction=0.1,
-    gradient_clip_norm=1.0,
-)
+OPTIMIZER = adamw()
 
 
 def model(**changes):

@@ -5,20 +5,8 @@ from typing import Any
 
 from ring_rl.planning.compiled_step import StepRequest
 from ring_rl.training.mesh import MeshConfig
-from ring_rl.training.optimizer import AdamWConfig
 from small_models import small_language_model, small_transformer
-
-_ADAMW = AdamWConfig(
-    name="adamw",
-    learning_rate=1e-3,
-    weight_decay=0.01,
-    beta1=0.9,
-    beta2=0.98,
-    warmup_steps=1,
-    schedule="constant",
-    final_learning_rate_fraction=1.0,
-    gradient_clip_norm=1.0,
-)
+from small_optimizer import adamw
 
 
 def small_request(
@@ -41,7 +29,7 @@ def small_request(
         context=64,
         batch_size=1,
         loss_chunks=1,
-        optimizer=_ADAMW,
+        optimizer=adamw(),
         attention_block="auto",
         heads_at_once=None,
     )

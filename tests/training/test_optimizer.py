@@ -24,19 +24,10 @@ from ring_rl.training.optimizer import (
     make_optimizer,
     weight_decay_mask,
 )
+from small_optimizer import adamw
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
-CONFIG = AdamWConfig(
-    name="adamw",
-    learning_rate=1e-2,
-    weight_decay=0.1,
-    beta1=0.9,
-    beta2=0.95,
-    warmup_steps=10,
-    schedule="cosine",
-    final_learning_rate_fraction=0.1,
-    gradient_clip_norm=1.0,
-)
+CONFIG = adamw(learning_rate=1e-2, warmup_steps=10)
 SHARED = {
     "learning_rate": 1e-2,
     "weight_decay": 0.1,

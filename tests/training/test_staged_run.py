@@ -19,12 +19,12 @@ from ring_rl.training.loop import LoopIntervals
 from ring_rl.training.mesh import MeshConfig, make_mesh
 from ring_rl.training.metrics import WandbConfig, read_metrics
 from ring_rl.training.milestone import AdvanceWhen
-from ring_rl.training.optimizer import AdamWConfig
 from ring_rl.training.run import MAY_DIFFER
 from ring_rl.training.stage import StageStream, TrainingStage
 from ring_rl.training.staged_run import StagedRunConfig, run_stages
 from ring_rl.training.step import Loss
 from ring_rl.training.task import TrainingTask
+from small_optimizer import adamw
 
 
 class Regression(nnx.Module):
@@ -50,18 +50,8 @@ def squared_error(model, batch, key):
 
 
 def optimizer(**changes):
-    settings = {
-        "name": "adamw",
-        "learning_rate": 0.05,
-        "weight_decay": 0.0,
-        "beta1": 0.9,
-        "beta2": 0.95,
-        "warmup_steps": 0,
-        "schedule": "linear",
-        "final_learning_rate_fraction": 0.1,
-        "gradient_clip_norm": None,
-    }
-    return AdamWConfig(**(settings | changes))
+    settings = {"learning_rate": 0.05, "weight_decay": 0.0, "warmup_steps": 0, "schedule": "linear"}
+    return adamw(**(settings | {"gradient_clip_norm": None} | changes))
 
 
 def stage(index, **changes):
