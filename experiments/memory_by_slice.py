@@ -49,8 +49,8 @@ class SliceConfig:
         devices = [machine_named(name).devices for name in self.machines]
         if len(devices) < 2 or devices != sorted(set(devices)):
             raise ValueError(f"machines must be at least two, smallest first, got {', '.join(self.machines)}")
-        if not self.variant.sequence_over_devices:
-            raise ValueError("variant.sequence_over_devices must be true: only then does context grow with the devices")
+        if self.variant.sequence_devices is not None:
+            raise ValueError("variant.sequence_devices must be null: only then does context grow with the devices")
         for count in devices:
             # Otherwise the model would be widened, and slices would hold different models.
             if self.transformer.width % count:

@@ -28,7 +28,9 @@ class AttentionVariant:
     Attributes:
         label: What tables call it.
         strategy: "dense" forms all scores at once; "ring" on one device is blockwise attention.
-        sequence_over_devices: Whether all devices share one sequence; otherwise each has one of its own.
+        sequence_devices: How many devices share one sequence, and with it the weights; None is all that
+            `tensor_devices` leave.
+        tensor_devices: How many share the heads, the feed-forward's width and the vocabulary.
         ulysses_size: With strategy="hybrid", devices that swap tokens for heads; 1 otherwise.
         saved_activations: Of a layer, see `TransformerConfig`.
         feed_forward_blockwise: Whether the feed-forward sees a block of tokens at a time.
@@ -36,10 +38,26 @@ class AttentionVariant:
 
     label: str
     strategy: SequenceStrategy
-    sequence_over_devices: bool
+    sequence_devices: int | None
+    tensor_devices: int
     ulysses_size: int
     saved_activations: SavedActivations
     feed_forward_blockwise: bool
+
+    def __post_init__(self) -> None:
+        for name, devices in (("sequence_devices", self.sequence_devices), ("tensor_devices", self.tensor_devices)):
+            if devices is not None and devices < 1:
+                raise ValueError(f"{name} of {self.label} must be at least 1, got {devices}")
+        if self.strategy == "dense" and self.sequence_devices != 1:
+            raise ValueError(
+                f"strategy=dense of {self.label} needs each sequence whole on a device: set sequence_devices to 1, "
+                "or strategy to ring"
+            )
+
+    def mesh(self, devices: int) -> MeshConfig:
+        """So many devices, groups of which share a sequence; of another number if they do not divide into groups."""
+        sp = max(1, devices // self.tensor_devices) if self.sequence_devices is None else self.sequence_devices
+        return MeshConfig(dp=1, fsdp=max(1, devices // (self.tensor_devices * sp)), tp=self.tensor_devices, sp=sp)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,12 +111,12 @@ def step_request(
         settings: Everything else.
         devices: Of the machine.
         estimated: Whether it is compiled for CPU devices that stand for GPUs.
-        tokens_a_device: The context is as long, or so many times the devices where they share a sequence.
+        tokens_a_device: The context is so many times the devices that share a sequence.
     """
-    over = variant.sequence_over_devices
+    mesh = variant.mesh(devices)
     blocks = chunks_of(tokens_a_device, settings.feed_forward_block)
     transformer = dataclasses.replace(
-        divisible(transformer, devices),
+        divisible(transformer, mesh.fsdp * mesh.sp),
         saved_activations=variant.saved_activations,
         feed_forward_chunks=blocks if variant.feed_forward_blockwise else 1,
         compute_dtype=settings.gpu_dtype if estimated else settings.tpu_dtype,
@@ -113,14 +131,14 @@ def step_request(
             trained_positions=0,
             transformer=transformer,
         ),
-        mesh=MeshConfig(dp=1, fsdp=1 if over else devices, tp=1, sp=devices if over else 1),
+        mesh=mesh,
         # Ulysses attends in natural order, whatever the devices hold.
         layout="contiguous" if variant.strategy == "ulysses" else settings.layout,
         strategy=variant.strategy,
         ulysses_size=variant.ulysses_size,
-        weights_over_ring=over,
-        context=tokens_a_device * devices if over else tokens_a_device,
-        batch_size=1 if over else devices,
+        weights_over_ring=mesh.sp > 1,
+        context=tokens_a_device * mesh.sp,
+        batch_size=mesh.fsdp,
         loss_chunks=chunks_of(tokens_a_device, settings.loss_block),
         optimizer=settings.optimizer,
         # On CPU devices that stand for GPUs only XLA's block compiles.

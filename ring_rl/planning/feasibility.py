@@ -55,13 +55,28 @@ def _counted(model: LanguageModelConfig, optimizer_config: OptimizerConfig) -> t
 
 def problem_of(request: StepRequest, machine: Machine) -> str | None:
     """Why a step cannot run on a machine, whatever its context, in a line; None where it may."""
-    transformer = request.model.transformer
-    if machine.devices % request.ulysses_size:
-        return f"ulysses_size={request.ulysses_size} does not divide {machine.devices} devices"
-    exchanging = {"ulysses": machine.devices, "hybrid": request.ulysses_size}.get(request.strategy, 1)
+    transformer, mesh = request.model.transformer, request.mesh
+    if mesh.dp * mesh.fsdp * mesh.tp * mesh.sp != machine.devices:
+        return (
+            f"{machine.devices} devices do not divide into groups of {mesh.tp * mesh.sp}: tp={mesh.tp} x sp={mesh.sp}"
+        )
+    if mesh.sp % request.ulysses_size:
+        return f"ulysses_size={request.ulysses_size} does not divide sp={mesh.sp} devices"
+    shared = {
+        "query_heads": transformer.query_heads,
+        "key_value_heads": transformer.key_value_heads,
+        "feed_forward_width": transformer.feed_forward_width,
+        "vocabulary_size": request.model.vocabulary_size,
+    }
+    for name, size in shared.items():
+        if size % mesh.tp:
+            return f"tp={mesh.tp} does not divide {name}={size}"
+    exchanging = {"ulysses": mesh.sp, "hybrid": request.ulysses_size}.get(request.strategy, 1)
     try:
         check_heads(
-            query_heads=transformer.query_heads, key_value_heads=transformer.key_value_heads, devices=exchanging
+            query_heads=transformer.query_heads // mesh.tp,
+            key_value_heads=transformer.key_value_heads // mesh.tp,
+            devices=exchanging,
         )
     except ValueError as error:
         return str(error)

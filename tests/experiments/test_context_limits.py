@@ -119,7 +119,7 @@ def test_results_are_not_overwritten_unasked_and_a_partial_table_compiles_nothin
     [
         ("rows=[{model: agent_350m, machine: v5e-3}]", "slices of v5e"),
         ("columns=[sparse]", "unknown attention"),
-        ("columns=[hybrid]", "ulysses_size=4 does not divide 2 devices; the smallest that would do: 4 of these GPUs"),
+        ("columns=[hybrid]", "ulysses_size=4 does not divide sp=2 devices; the smallest that would do: 4 of these"),
     ],
 )
 def test_impossible_tables_are_refused_in_a_line(options, call_script, refused, made_up, override, says):

@@ -126,7 +126,7 @@ def test_it_goes_on_where_it_was_and_compiles_nothing_twice(call_script, made_up
         ("machines=[gpu:4xany-1GB,gpu:2xany-1GB]", "machines must be at least two, smallest first"),
         ("machines=[v5e-8,v5e-24]", "unknown TPU slice 'v5e-24'"),
         ("machines=[gpu:2xany-1GB,gpu:3xany-1GB]", "transformer.width=16 is not a multiple of 3 devices"),
-        ("variant.sequence_over_devices=false", "only then does context grow with the devices"),
+        ("variant.sequence_devices=1", "only then does context grow with the devices"),
         ("processes=0", "processes must be at least 1"),
     ],
 )

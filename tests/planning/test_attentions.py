@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 from ring_rl.config import from_mapping
 from ring_rl.nn.transformer_config import TransformerConfig
 from ring_rl.planning.attentions import AttentionVariant, StepSettings, chunks_of, divisible, step_request
+from ring_rl.training.mesh import MeshConfig
 from small_models import small_transformer
 
 ONE = AttentionVariant(
     label="one",
     strategy="ring",
-    sequence_over_devices=False,
+    sequence_devices=1,
+    tensor_devices=1,
     ulysses_size=1,
     saved_activations="none",
     feed_forward_blockwise=True,
 )
-OVER = dataclasses.replace(ONE, sequence_over_devices=True)
+OVER = dataclasses.replace(ONE, sequence_devices=None)
 
 
 @pytest.fixture
@@ -57,6 +59,27 @@ def test_one_sequence_a_device_and_one_over_all(settings):
         assert request.loss_chunks == 2
         assert request.model.transformer.feed_forward_chunks == 4
         assert request.model.transformer.compute_dtype == "bfloat16"
+
+
+def test_devices_divide_into_groups_that_share_a_sequence_and_its_heads(settings):
+    groups = dataclasses.replace(ONE, sequence_devices=4, tensor_devices=2)
+    request = step_request(groups, small_transformer(), settings, devices=16, estimated=False, tokens_a_device=512)
+    assert request.mesh == MeshConfig(dp=1, fsdp=2, tp=2, sp=4)
+    assert (request.context, request.batch_size, request.weights_over_ring) == (2048, 2, True)
+    assert dataclasses.replace(groups, sequence_devices=None).mesh(16) == MeshConfig(dp=1, fsdp=1, tp=2, sp=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence_devices": 0}, "sequence_devices of one must be at least 1, got 0"),
+        ({"tensor_devices": -1}, "tensor_devices of one must be at least 1, got -1"),
+        ({"strategy": "dense", "sequence_devices": 2}, "set sequence_devices to 1, or strategy to ring"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ONE, **changes)
 
 
 def test_a_plain_feed_forward_is_one_chunk_and_gpus_have_their_own_dtype(settings):

@@ -23,11 +23,12 @@ SLICE, NODE = "v5e-8", "gpu:2xA100-80GB"
 
 @pytest.fixture
 def config(ring_request, tmp_path):
-    def variant(label, strategy, over, ulysses_size=1):
+    def variant(label, strategy, sequence_devices, ulysses_size=1, tensor_devices=1):
         return AttentionVariant(
             label=label,
             strategy=strategy,
-            sequence_over_devices=over,
+            sequence_devices=sequence_devices,
+            tensor_devices=tensor_devices,
             ulysses_size=ulysses_size,
             saved_activations="none",
             feed_forward_blockwise=True,
@@ -39,11 +40,12 @@ def config(ring_request, tmp_path):
         rows=(Row(model="small", machine=SLICE), Row(model="small", machine=NODE)),
         columns=("vanilla", "blockwise", "ring"),
         attentions={
-            "vanilla": variant("vanilla", "dense", False),
-            "blockwise": variant("blockwise", "ring", False),
-            "ring": variant("ring", "ring", True),
-            "ulysses": variant("Ulysses", "ulysses", True),
-            "hybrid": variant("hybrid", "hybrid", True, ulysses_size=3),
+            "vanilla": variant("vanilla", "dense", 1),
+            "blockwise": variant("blockwise", "ring", 1),
+            "ring": variant("ring", "ring", None),
+            "ulysses": variant("Ulysses", "ulysses", None),
+            "hybrid": variant("hybrid", "hybrid", None, ulysses_size=3),
+            "groups": variant("groups", "ring", 8, tensor_devices=2),
         },
         settings=StepSettings(
             layout="zigzag",
@@ -194,7 +196,9 @@ def test_durations_are_read_by_people(seconds, text):
             "8",
             "the smallest that would do: v5e-1, the largest: v5e-8",
         ),
-        ((SLICE, "hybrid"), {}, "ulysses_size=3 does not divide 8 devices", "no slice of v5e would do"),
+        ((SLICE, "hybrid"), {}, "ulysses_size=3 does not divide sp=8", "no slice of v5e would do"),
+        ((SLICE, "groups"), {}, "8 devices do not divide into groups of 16", "the smallest that would do: v5e-16"),
+        (("v5e-64", "groups"), {"query_heads": 3}, "tp=2 does not divide query_heads=3", "no slice of v5e would do"),
         (
             (SLICE, "ring"),
             {"width": 8192, "layers": 80, "feed_forward_width": 22016, "query_heads": 64, "head_dim": 128},
