@@ -3,6 +3,7 @@
 conf/context_limits.yaml documents every key.
 """
 
+import contextlib
 import sys
 
 import hydra
@@ -41,10 +42,12 @@ def limits(config: LimitsConfig) -> dict[Cell, CellResult]:
     console = Console()
     for problem in problems:
         console.print(f"not compiled: {problem}", soft_wrap=True, highlight=False)
-    with open_probe_cache(config.probes) as cache:
+    # What compiles nothing writes no probe, and may look on while another process compiles.
+    looks_on = config.dry_run or config.partial
+    with contextlib.nullcontext(ProbeCache(config.probes)) if looks_on else open_probe_cache(config.probes) as cache:
         forecast = Forecast(plans, cache, expected_seconds=config.expected_seconds)
         console.print(forecast.describe(config), soft_wrap=True, highlight=False)
-        if config.dry_run or config.partial:
+        if looks_on:
             found = [plan.result(plan.known(cache)) for plan in plans]
         else:
             found = _search(config, forecast, cache, console)

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from ring_rl.config import from_mapping
 from ring_rl.hydra_config import resolve
-from ring_rl.planning import compile_process, topology
+from ring_rl.planning import compile_process, probe_cache, topology
 from ring_rl.planning.compiled_step import CompiledMemory
 from ring_rl.planning.limits import LimitsConfig, plan_of
 
@@ -112,6 +112,14 @@ def test_results_are_not_overwritten_unasked_and_a_partial_table_compiles_nothin
     call_script("context_limits", *options, "overwrite=true")
     assert len(made_up) == 2
     assert "?" not in (tmp_path / "limits" / "table.md").read_text()
+
+
+def test_one_may_look_on_while_another_process_compiles(options, call_script, refused, made_up, pytestconfig):
+    with probe_cache.open_probe_cache(config_of(pytestconfig, *options).probes):
+        call_script("context_limits", *options, "partial=true")
+        call_script("context_limits", *options, "dry_run=true")
+        assert "another process" in refused(call_script, "context_limits", *options, "overwrite=true")
+    assert made_up == []
 
 
 @pytest.mark.parametrize(
