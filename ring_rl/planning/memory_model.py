@@ -16,8 +16,9 @@ The largest is the peak. `experiments/check_memory_model.py` compares with compi
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from ring_rl.kernels.cost import largest_divisor
 from ring_rl.planning.step_sizes import StepSizes
 
 __all__ = ["Compiler", "StepMemory", "saved_bytes", "step_memory"]
@@ -45,73 +46,130 @@ class StepMemory:
         return sum(self.parts.values())
 
 
+class _Arrays(NamedTuple):
+    """How many arrays of some shape are held: in the dtype of the activations, and in float32."""
+
+    narrow: float
+    float32: float = 0
+
+    def bytes(self, elements: float, *, narrow_bytes: int) -> float:
+        """Of arrays of so many elements."""
+        return elements * (narrow_bytes * self.narrow + _FLOAT32 * self.float32)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Kept:
-    """Bytes that a compiler keeps while it works on one layer, of each element that a device holds of an array.
+class _ForAttention:
+    """Arrays of the size of a device's queries, and of its keys, in the backward of one layer's attention.
 
     Attributes:
-        queries: In the backward of a ring, of the queries.
-        keys: In the backward of a ring, of the keys; those on their way and the sums of their gradients included.
-        keys_alone: Of the keys, where none travel.
-        stream: Of the residual stream, all through a layer's backward.
-        hidden: Of the feed-forward's hidden width in a chunk, by its kind, where it is computed again.
-        hidden_saved: The same where it was saved.
-        copied_weights: Of the layers' weights that the device holds: a copy in the dtype of the products.
-        gathered_weights: Of the weights of one layer, gathered, and their gradients.
-        head: Of the head, gathered, during the backward of layers.
-        head_in_loss: The same during the loss.
-        logits: Of the logits of a chunk of the loss.
-        stream_in_loss: Of the residual stream during the loss.
+        ring: Where keys travel: queries and what is found for them; keys and values, which are here, on their way, and
+            cut for a hop; and the float32 sums of their gradients, which travel, arrive, are found, or are the
+            device's own.
+        ring_of_two: The same where there is one hop: nothing arrives while something else is sent on.
+        alone: Where none travel: operands, and float32 results.
+        around_groups: Of the whole layer, where attention works on some heads at a time: operands and results. The
+            arrays above are then held for these heads only.
+        scores: Arrays of all scores, where attention is dense.
     """
 
-    queries: float
-    keys: float
-    keys_alone: float
-    stream: float
+    ring: tuple[_Arrays, _Arrays]
+    ring_of_two: tuple[_Arrays, _Arrays]
+    alone: tuple[_Arrays, _Arrays]
+    around_groups: tuple[_Arrays, _Arrays]
+    scores: _Arrays
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """What a compiler keeps while it works on one layer, or on the loss.
+
+    Attributes:
+        attention: In the backward of attention.
+        recomputed: Arrays of queries and of keys that wait while the feed-forward's backward runs.
+        stream: Arrays of the residual stream, all through a layer's backward.
+        hidden: Arrays of the feed-forward's hidden width in a chunk, by its kind, where it is computed again.
+        hidden_saved: The same where it was saved.
+        copied_weights: Of the layers' weights that the device holds: arrays in the dtype of the products.
+        gathered_weights: Bytes of each of the weights of one layer: gathered, and their gradients.
+        head: Bytes of each weight of the head, gathered, during the backward of layers.
+        head_in_loss: The same during the loss.
+        logits: Float32 arrays of the logits of a chunk of the loss.
+        stream_in_loss: Arrays of the residual stream during the loss.
+        lanes: What the compiler rounds the last dimension of arrays up to a multiple of.
+    """
+
+    attention: _ForAttention
+    recomputed: _Arrays
+    stream: _Arrays
     hidden: dict[str, float]
     hidden_saved: dict[str, float]
-    copied_weights: float
+    copied_weights: int
     gathered_weights: float
     head: float
     head_in_loss: float
     logits: float
     stream_in_loss: float
+    lanes: int
 
 
 # XLA's compiler for CPUs, with the XLA block. Attention's own arrays never make its peak: it is where a layer's
 # feed-forward is computed again, chunk by chunk, between copies of the stream.
+_NO_QUERIES_SOME_KEYS = (_Arrays(0), _Arrays(1.25))
 _CPU = _Kept(
-    queries=0,
-    keys=5,
-    keys_alone=5,
-    stream=68,
-    hidden={"none": 0, "gelu": 21, "swiglu": 34},
-    hidden_saved={"none": 0, "gelu": 7.6, "swiglu": 20},
+    attention=_ForAttention(
+        ring=_NO_QUERIES_SOME_KEYS,
+        ring_of_two=_NO_QUERIES_SOME_KEYS,
+        alone=_NO_QUERIES_SOME_KEYS,
+        around_groups=(_Arrays(0), _Arrays(0)),
+        scores=_Arrays(3),
+    ),
+    recomputed=_Arrays(0),
+    stream=_Arrays(17),
+    hidden={"none": 0, "gelu": 5.25, "swiglu": 8.5},
+    hidden_saved={"none": 0, "gelu": 1.9, "swiglu": 5},
     copied_weights=0,
     gathered_weights=8,
     head=4,
     head_in_loss=8,
-    logits=12,
-    stream_in_loss=18,
+    logits=3,
+    stream_in_loss=4.5,
+    lanes=1,
 )
-# libtpu's compiler in bfloat16, with the XLA block: keys and the sums of their gradients are on their way while a block
-# is computed tile by tile.
-_TPU_XLA = _Kept(
-    queries=10,
-    keys=20,
-    keys_alone=10,
-    stream=8,
-    hidden={"none": 0, "gelu": 6, "swiglu": 10},
-    hidden_saved={"none": 0, "gelu": 4, "swiglu": 8},
-    copied_weights=2,
-    gathered_weights=2.8,
+# libtpu's compiler with our Pallas kernels. A hop's kernels return float32 arrays, which are there beside the sums that
+# they go into: of queries two hops' results, their halves put in place, and the sum; of keys the four kinds above.
+_TPU_PALLAS = _Kept(
+    attention=_ForAttention(
+        ring=(_Arrays(3.5, 4), _Arrays(5, 8)),
+        ring_of_two=(_Arrays(0.5, 1.5), _Arrays(0.5, 6.5)),
+        alone=(_Arrays(3, 1), _Arrays(2, 2)),
+        around_groups=(_Arrays(4), _Arrays(4)),
+        scores=_Arrays(0.6, 2),
+    ),
+    recomputed=_Arrays(2),
+    stream=_Arrays(2),
+    hidden={"none": 0, "gelu": 3, "swiglu": 5},
+    hidden_saved={"none": 0, "gelu": 2, "swiglu": 4},
+    copied_weights=1,
+    gathered_weights=4,
     head=0,
     head_in_loss=6,
-    logits=8,
-    stream_in_loss=8,
+    logits=2,
+    stream_in_loss=4,
+    lanes=128,
 )
-# The same with our Pallas kernels, whose results for a whole hop are float32 arrays beside the sums they go into.
-_TPU_PALLAS = dataclasses.replace(_TPU_XLA, queries=19.4, keys=44, keys_alone=20)
+# The same with the XLA block: keys and the sums of their gradients are on their way while a block is computed tile by
+# tile.
+_TPU_XLA = dataclasses.replace(
+    _TPU_PALLAS,
+    attention=_ForAttention(
+        ring=(_Arrays(3, 1), _Arrays(4, 3)),
+        ring_of_two=(_Arrays(3, 1), _Arrays(4, 3)),
+        alone=(_Arrays(3, 1), _Arrays(2, 2)),
+        around_groups=(_Arrays(4), _Arrays(4)),
+        scores=_Arrays(0.6, 2),
+    ),
+    lanes=1,
+)
 
 
 def step_memory(sizes: StepSizes, *, compiler: Compiler) -> StepMemory:
@@ -123,6 +181,7 @@ def step_memory(sizes: StepSizes, *, compiler: Compiler) -> StepMemory:
             in for GPUs.
     """
     kept, config, layers = _kept(sizes, compiler), sizes.transformer, sizes.transformer.layers
+    narrow_bytes = _activation_bytes(sizes, compiler)
     groups = sizes.parameter_groups()
     held = sizes.held_parameters()
     layer_groups = [group for group in groups if group.layered]
@@ -138,30 +197,37 @@ def step_memory(sizes: StepSizes, *, compiler: Compiler) -> StepMemory:
     }
     saved = saved_bytes(sizes, compiler=compiler)
     stream = sizes.tokens * config.width
-    copied = round(kept.copied_weights * layer_held)
+    # Weights are float32: products in float32 need no copy.
+    copied = kept.copied_weights * sizes.element_bytes * layer_held if sizes.element_bytes < _FLOAT32 else 0
     chunk = sizes.tokens // config.feed_forward_chunks * config.feed_forward_width // sizes.mesh.tp
     recomputed = config.saved_activations not in ("products", "all")
     hidden = (kept.hidden if recomputed else kept.hidden_saved)[config.feed_forward]
     logits = sizes.tokens // sizes.request.loss_chunks * (head_gathered // config.width)
+    queries, keys = _padded_elements(sizes, kept)
     layer_backward = {
         "gradients": _FLOAT32 * (layer_held + head_held),
         "saved activations": saved,
         "gathered weights": copied + round(kept.gathered_weights * layer_gathered + kept.head * head_gathered),
-        "residual stream": round(kept.stream * stream),
+        "residual stream": round(kept.stream.bytes(stream, narrow_bytes=narrow_bytes)),
     }
     moments = {
-        "attention's backward": layer_backward | {"attention": _attention_bytes(sizes, kept)},
-        "the feed-forward's backward": layer_backward | {"feed-forward": round(hidden * chunk)},
+        "attention's backward": layer_backward
+        | {"attention": _attention_bytes(sizes, kept.attention, queries=queries, keys=keys, narrow_bytes=narrow_bytes)},
+        "the feed-forward's backward": layer_backward
+        | {
+            "attention": round(kept.recomputed.bytes(queries + keys, narrow_bytes=narrow_bytes)),
+            "feed-forward": round(hidden * narrow_bytes * chunk),
+        },
         "the loss": {
             "saved activations": saved,
             "gathered weights": copied + round(kept.head_in_loss * head_gathered),
-            "residual stream": round(kept.stream_in_loss * stream),
-            "logits": round(kept.logits * logits),
+            "residual stream": round(kept.stream_in_loss * narrow_bytes * stream),
+            "logits": round(kept.logits * _FLOAT32 * logits),
         },
         "the embedding's gradient": {
             "gradients": _FLOAT32 * held,
             "gathered weights": _FLOAT32 * head_gathered,
-            "residual stream": 2 * _activation_bytes(sizes, compiler) * stream,
+            "residual stream": 2 * narrow_bytes * stream,
         },
     }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
@@ -209,14 +275,39 @@ def _activation_bytes(sizes: StepSizes, compiler: Compiler) -> int:
     return _FLOAT32 if compiler == "cpu" else sizes.element_bytes
 
 
-def _attention_bytes(sizes: StepSizes, kept: _Kept) -> int:
+def _padded_elements(sizes: StepSizes, kept: _Kept) -> tuple[int, int]:
+    """Elements of a device's queries and keys, as the compiler lays them out."""
+    shape = sizes.attention_shape()
+    head_dim = -(-shape.head_dim // kept.lanes) * kept.lanes
+    key_heads = max(shape.key_value_heads, sizes.exchange_size)
+    return sizes.tokens * shape.query_heads * head_dim, sizes.tokens * key_heads * head_dim
+
+
+def _attention_bytes(sizes: StepSizes, kept: _ForAttention, *, queries: int, keys: int, narrow_bytes: int) -> int:
     """What the backward of one layer's attention works on."""
     shape = sizes.attention_shape()
     if sizes.attention_strategy == "dense":
-        return 3 * _FLOAT32 * shape.query_heads * shape.batch * shape.tokens**2
-    queries = sizes.tokens * shape.query_heads * shape.head_dim
-    keys = sizes.tokens * max(shape.key_value_heads, sizes.exchange_size) * shape.head_dim
-    travel = sizes.ring_size > 1 and sizes.attention_strategy in ("ring", "hybrid")
-    # Float32 activations are twice as large, the sums in float32 are not.
-    wider = 1.0 if sizes.element_bytes == 2 or kept is _CPU else 1.4
-    return round(wider * (kept.queries * queries + (kept.keys if travel else kept.keys_alone) * keys))
+        scores = shape.query_heads * shape.batch * shape.tokens**2
+        return round(kept.scores.bytes(scores, narrow_bytes=narrow_bytes))
+
+    def both(arrays: tuple[_Arrays, _Arrays]) -> float:
+        of_queries, of_keys = arrays
+        return of_queries.bytes(queries, narrow_bytes=narrow_bytes) + of_keys.bytes(keys, narrow_bytes=narrow_bytes)
+
+    if sizes.ring_size > 1 and sizes.attention_strategy in ("ring", "hybrid"):
+        worked_on = both(kept.ring if sizes.ring_size > 2 else kept.ring_of_two)
+    else:
+        worked_on = both(kept.alone)
+    share = _share_at_once(sizes)
+    return round(worked_on if share == 1 else both(kept.around_groups) + share * worked_on)
+
+
+def _share_at_once(sizes: StepSizes) -> float:
+    """Which part of its keys' heads, over all rows, a device works on at a time."""
+    wanted = sizes.request.heads_at_once
+    if wanted is None:
+        return 1
+    heads = sizes.attention_shape().key_value_heads
+    if sizes.exchange_size > 1:
+        heads = max(heads, sizes.exchange_size) // sizes.exchange_size
+    return largest_divisor(heads, at_most=wanted) / heads / sizes.rows

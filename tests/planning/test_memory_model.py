@@ -63,8 +63,43 @@ def test_more_tokens_or_layers_need_more_and_a_ring_less(saved, compiler, ring, 
 
 
 def test_memory_stays_when_context_and_ring_grow_together():
-    totals = {memory("tpu", context=1024 * sp, mesh={"sp": sp}).total for sp in (2, 4, 8, 16, 256)}
+    totals = {memory("tpu", context=1024 * sp, mesh={"sp": sp}).total for sp in (4, 8, 16, 256)}
     assert len(totals) == 1
+    # Of two devices one never sends on what it receives.
+    assert memory("tpu", context=2048, mesh={"sp": 2}).total < totals.pop()
+
+
+MANY_HEADS = {"width": 64, "query_heads": 8, "key_value_heads": 8, "head_dim": 8}
+
+
+def attention_of_many_heads(heads_at_once, **changes):
+    step = {"transformer": MANY_HEADS, "mesh": {"sp": 4}, "context": 4096} | changes
+    return memory("tpu", heads_at_once=heads_at_once, **step).parts["attention"]
+
+
+def test_some_heads_at_a_time_shrink_a_ring():
+    assert attention_of_many_heads(1) < attention_of_many_heads(2) < attention_of_many_heads(4)
+    assert attention_of_many_heads(4) < attention_of_many_heads(None)
+    # Groups are equal: three of eight are two.
+    assert attention_of_many_heads(3) == attention_of_many_heads(2)
+    # Rows take turns, too.
+    assert attention_of_many_heads(8, batch_size=2) < attention_of_many_heads(None, batch_size=2)
+
+
+@pytest.mark.parametrize(("strategy", "held"), [("ring", 8), ("ulysses", 2)])
+def test_all_heads_at_a_time_are_as_if_nothing_were_asked(strategy, held):
+    alike = {attention_of_many_heads(heads, strategy=strategy) for heads in (held, held + 1, None)}
+    assert len(alike) == 1
+    assert attention_of_many_heads(1, strategy=strategy) not in alike
+
+
+def test_tpu_kernels_pad_heads_and_the_xla_block_does_not():
+    def attention(head_dim, block):
+        changes = {"transformer": MANY_HEADS | {"head_dim": head_dim}, "mesh": {"sp": 4}, "context": 4096}
+        return memory("tpu", attention_block=block, **changes).parts["attention"]
+
+    assert attention(64, "auto") == attention(128, "auto") == attention(256, "auto") // 2
+    assert attention(64, "xla") == attention(128, "xla") // 2
 
 
 def test_policies_save_what_they_name():
