@@ -1,9 +1,9 @@
 """Meshes, memory, time and the ring's timeline of a planned training; conf/plan.yaml documents every key."""
 
-import csv
 import dataclasses
-import io
 import json
+import re
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -21,15 +21,29 @@ from ring_rl.nn.saved_activations import SavedActivations
 from ring_rl.nn.transformer import TransformerConfig
 from ring_rl.planning.compiled_step import StepRequest
 from ring_rl.planning.memory_model import Compiler
-from ring_rl.planning.ring_timeline import Timeline, draw_timelines, ring_phases, simulate_ring
-from ring_rl.planning.roofline import Rates, days_for
-from ring_rl.planning.suggest import Constraints, MostDevices, Suggestion, Suggestions, fewest_devices, suggest
-from ring_rl.planning.topology import Machine, TpuSlice, machine_named, smallest_slice
+from ring_rl.planning.plan_report import (
+    assumptions,
+    attention_text,
+    axes_text,
+    fact_rows,
+    figures_line,
+    mesh_records,
+    mesh_rows,
+)
+from ring_rl.planning.rates import Cluster, Rates
+from ring_rl.planning.ring_phases import ring_phases, travels
+from ring_rl.planning.ring_timeline import Timeline, draw_timelines, simulate_ring
+from ring_rl.planning.roofline import days_for
+from ring_rl.planning.step_sizes import StepSizes
+from ring_rl.planning.suggest import Constraints, Suggestion, Suggestions, fewest_devices, suggest
+from ring_rl.planning.topology import TPU_SLICES, Machine, TpuSlice, generation_of, machine_named
 from ring_rl.training.mesh import MeshConfig
 from ring_rl.training.optimizer import OptimizerConfig
 from ring_rl.training.provenance import git_commit, versions
-from ring_rl.training.tables import markdown_table
+from ring_rl.training.tables import csv_table, markdown_table
 
+# How many GPUs are tried at most, by doubling, where those asked for do not do.
+MOST_GPUS = 8192
 OUTPUTS = ("meshes.csv", "table.md", "timeline.png", "summary.json")
 
 
@@ -67,6 +81,7 @@ class PlanConfig:
     batch_tokens: int
     hardware: str
     rates_of: str | None
+    node_gpus: int
     layout: Layout
     loss_chunks: int
     heads_at_once: int | None
@@ -84,6 +99,10 @@ class PlanConfig:
             raise ValueError("policies needs at least one way to save activations, such as [attention]")
         if not self.token_budget > 0:
             raise ValueError(f"token_budget must be positive, got {self.token_budget}")
+        if self.node_gpus < 1:
+            raise ValueError(f"node_gpus must be at least 1, got {self.node_gpus}")
+        if self.heads_at_once is not None and self.heads_at_once < 1:
+            raise ValueError(f"heads_at_once must be at least 1, or null for all of them, got {self.heads_at_once}")
         if self.shown < 1:
             raise ValueError(f"shown must be at least 1, got {self.shown}")
 
@@ -112,82 +131,163 @@ class PlanConfig:
         )
 
 
-def hardware_of(machine: Machine, name: str | None) -> Hardware:
-    """The rates of one of its devices.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was found.
+
+    Attributes:
+        found: All meshes.
+        cluster: What their times stand on.
+        note: What of the request was changed to find them, in words; empty if nothing.
+        timelines: The ring of the fastest, by title; empty without a ring.
+        line: For programs.
+    """
+
+    found: Suggestions
+    cluster: Cluster
+    note: str
+    timelines: dict[str, Timeline]
+    line: str
+
+    @property
+    def best(self) -> Suggestion:
+        """The fastest."""
+        return self.found.fitting[0]
+
+
+def cluster_of(machine: Machine, *, rates_of: str | None, node_gpus: int) -> Cluster:
+    """What its devices reach, and what joins them.
 
     Raises:
-        ValueError: Nobody wrote them down.
+        ValueError: Nobody wrote it down.
     """
-    if name is None:
-        name = f"TPU {machine.generation}" if isinstance(machine, TpuSlice) else f"{machine.generation} NVLink"
-        if name not in HARDWARE and machine.generation in HARDWARE:
-            name = machine.generation
+    if rates_of is not None:
+        return Cluster(device=_known(rates_of))
+    if isinstance(machine, TpuSlice):
+        device = _known(f"TPU {machine.generation}")
+        cores = machine.devices // machine.chips
+        if cores == 1:
+            return Cluster(device=device)
+        # The figures are a chip's; its memory is written down by the device.
+        name = f"half of a {device.name}" if cores == 2 else f"1/{cores} of a {device.name}"
+        flops, sent = device.flops_per_second / cores, device.bytes_per_second / cores
+        return Cluster(device=dataclasses.replace(device, name=name, flops_per_second=flops, bytes_per_second=sent))
+    kind = machine.generation
+    device = _known(kind if f"{kind} NVLink" not in HARDWARE and kind in HARDWARE else f"{kind} NVLink")
+    if machine.devices <= node_gpus:
+        return Cluster(device=device)
+    if f"{kind} InfiniBand" not in HARDWARE:
+        raise ValueError(
+            f"no rates are known between nodes of {kind}, and {machine.devices} of them are more than node_gpus="
+            f"{node_gpus}; set rates_of to one of {', '.join(HARDWARE)}, for all links"
+        )
+    return Cluster(device=device, node_devices=node_gpus, between_nodes=HARDWARE[f"{kind} InfiniBand"])
+
+
+def _known(name: str) -> Hardware:
     if name not in HARDWARE:
         raise ValueError(f"no rates are known of {name!r}; set rates_of to one of {', '.join(HARDWARE)}")
     return HARDWARE[name]
 
 
-def plan(config: PlanConfig) -> tuple[Suggestions, str]:
-    """All that is asked for; the line for programs.
+def make_plan(config: PlanConfig) -> Plan:
+    """All that is asked for, printed and written.
 
     Raises:
-        ValueError: Nothing fits; the error says how many devices would do.
+        ValueError: Nothing fits; the error says what would.
     """
     if not config.overwrite:
         refuse_existing(config.output, OUTPUTS)
-    machine = machine_named(config.hardware)
-    hardware = hardware_of(machine, config.rates_of)
-    compiler: Compiler = "tpu" if isinstance(machine, TpuSlice) else "cpu"
-    request = config.request()
-    found = suggest(
-        request,
+    try:
+        machine = machine_named(config.hardware)
+    except ValueError as error:
+        raise ValueError(f"{error}{_instead(config, config.hardware)}") from None
+    cluster = cluster_of(machine, rates_of=config.rates_of, node_gpus=config.node_gpus)
+    judged = partial(
+        suggest,
         devices=machine.devices,
         batch_tokens=config.batch_tokens,
-        hardware=hardware,
+        cluster=cluster,
         memory_bytes=machine.memory_bytes,
         rates=config.rates,
         policies=config.policies,
-        compiler=compiler,
+        compiler=_compiler(machine),
         constraints=config.mesh,
     )
+    note = ""
+    try:
+        found = judged(config.request())
+    except ValueError as error:
+        raise ValueError(f"{error}{_instead(config, config.hardware)}") from None
+    if not found.fitting and config.heads_at_once is None:
+        found_by_head = judged(dataclasses.replace(config.request(), heads_at_once=1))
+        if found_by_head.fitting:
+            found, note = found_by_head, " with heads_at_once=1, none with all heads at once"
     if not found.fitting:
-        raise ValueError(_nothing_fits(config, machine, found, request, compiler))
+        nearest = found.refused[0]
+        raise ValueError(
+            f"no mesh of {machine.name} does; the nearest, {axes_text(nearest.mesh)} ({nearest.strategy}), "
+            f"{nearest.reason}{_instead(config, machine.name)}"
+        )
     best = found.fitting[0]
-    timelines = ring_timelines(config, best, hardware)
-    write_results(config, found, timelines, hardware, machine)
-    show(config, found, hardware, machine, timelines)
-    return found, last_line(config, best, machine, timelines)
+    timelines = ring_timelines(config, best, cluster)
+    line = figures_line(best, machine, token_budget=config.token_budget, timelines=timelines)
+    plan = Plan(found=found, cluster=cluster, note=note, timelines=timelines, line=line)
+    write_results(plan, config, machine)
+    show(plan, config, machine)
+    return plan
 
 
-def _nothing_fits(
-    config: PlanConfig, machine: Machine, found: Suggestions, request: StepRequest, compiler: Compiler
-) -> str:
-    """One line: what is nearest, and what would do."""
-    nearest = found.refused[0]
-    axes = " x ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(nearest.mesh).items())
-    would = fewest_devices(
-        request,
-        search=MostDevices(machine.devices, 2**16),
-        batch_tokens=config.batch_tokens,
-        memory_bytes=machine.memory_bytes,
-        policies=config.policies,
-        compiler=compiler,
-        constraints=config.mesh,
-    )
-    if would is None:
-        remedy = "no number of such devices that was tried would do: shorten the context or change the constraints"
+def _compiler(machine: Machine) -> Compiler:
+    return "tpu" if isinstance(machine, TpuSlice) else "cpu"
+
+
+def _instead(config: PlanConfig, name: str) -> str:
+    """; what machine of the kind of that name would do, with all heads at once or else with one; or that none would.
+
+    Empty where the name does not say of what kind it is.
+    """
+    generation = generation_of(re.sub(r"^v5litepod-", "v5e-", name.strip().casefold()))
+    gpus = re.fullmatch(r"gpu:\d+x([\w.]+-\d+GB)", name)
+    if generation is not None:
+        slices = {each.devices: each for each in TPU_SLICES.values() if each.generation == generation}
+        machines: dict[int, Machine] = {devices: slices[devices] for devices in sorted(slices)}
+    elif gpus is not None:
+        machines = {2**n: machine_named(f"gpu:{2**n}x{gpus[1]}") for n in range(MOST_GPUS.bit_length())}
     else:
-        larger = smallest_slice(machine.generation, devices=would.devices) if isinstance(machine, TpuSlice) else None
-        remedy = f"{would.devices} devices would do" if larger is None else f"{larger.name} would do"
-        remedy += f", as {' x '.join(f'{axis}={size}' for axis, size in dataclasses.asdict(would.mesh).items())}"
-    return f"no mesh of {machine.name} does; the nearest, {axes} ({nearest.strategy}), {nearest.reason}; {remedy}"
+        return ""
+    if config.context > config.batch_tokens:
+        # No machine reads less than one sequence a step.
+        return ""
+    by_head = (None, 1) if config.heads_at_once is None else (config.heads_at_once,)
+    largest = machines[max(machines)]
+    found: list[StepSizes] = []
+    for heads in by_head:
+        sizes = fewest_devices(
+            dataclasses.replace(config.request(), heads_at_once=heads),
+            counts=[n for n in machines if not found or n < found[0].devices],
+            batch_tokens=config.batch_tokens,
+            memory_bytes=largest.memory_bytes,
+            policies=config.policies,
+            compiler=_compiler(largest),
+            constraints=config.mesh,
+        )
+        found = found if sizes is None else [sizes]
+    if not found:
+        return f"; none up to {largest.name} would do: shorten the context, lower batch_tokens or free the mesh"
+    heads = "" if found[0].request.heads_at_once == config.heads_at_once else " with heads_at_once=1"
+    saved = found[0].transformer.saved_activations
+    return (
+        f"; the smallest that would do is {machines[found[0].devices].name}, as {axes_text(found[0].mesh)} "
+        f"({attention_text(found[0])}, saved_activations={saved}){heads}"
+    )
 
 
-def ring_timelines(config: PlanConfig, best: Suggestion, hardware: Hardware) -> dict[str, Timeline]:
-    """The ring of one layer as planned, and with the slow devices and links; nothing where there is no ring."""
-    ring = best.sizes.ring_size
-    if best.sizes.attention_strategy not in ("ring", "hybrid") or ring < 2:
+def ring_timelines(config: PlanConfig, best: Suggestion, cluster: Cluster) -> dict[str, Timeline]:
+    """One ring of a layer as planned, and with the slow devices and links; nothing where there is no ring."""
+    if not travels(best.sizes):
         return {}
+    ring = best.sizes.ring_size
     devices = _speeds(config.timeline.slow_devices, ring)
     links = _speeds(config.timeline.slow_links, ring)
     timelines = {}
@@ -197,14 +297,7 @@ def ring_timelines(config: PlanConfig, best: Suggestion, hardware: Hardware) -> 
             ("slow devices", {"device_speeds": devices}),
             ("slow links", {"link_speeds": links}),
         ):
-            phases = ring_phases(
-                best.sizes,
-                hardware=hardware,
-                attention_share=config.rates.attention_share,
-                link_share=config.rates.link_share,
-                backward=backward,
-                **changes,
-            )
+            phases = ring_phases(best.sizes, cluster=cluster, rates=config.rates, backward=backward, **changes)
             timelines[f"{'backward' if backward else 'forward'}, {title}"] = simulate_ring(phases)
     return timelines
 
@@ -218,81 +311,31 @@ def _speeds(given: tuple[tuple[int, float], ...], ring: int) -> list[float]:
     return speeds
 
 
-def mesh_rows(found: Suggestions, shown: int) -> list[list[str]]:
-    """The header and a line a mesh, as text."""
-    lines = [
-        ["mesh", "attention", "saved", "weights over", "GiB a device", "s a step", "MFU", "ring waits", "reason"],
-    ]
-    for each in found.fitting[:shown]:
-        sizes, time = each.sizes, each.time
-        waits = "" if time.overlap is None else "no" if time.overlap.hides else f"{time.waiting_seconds:.3g} s"
-        lines.append(
-            [
-                _axes(sizes.mesh),
-                _attention(each),
-                sizes.transformer.saved_activations,
-                "fsdp x sp" if sizes.request.weights_over_ring else "fsdp",
-                f"{each.memory.total / 2**30:.2f}",
-                f"{time.seconds:.3g}",
-                f"{time.utilisation:.0%}",
-                waits,
-                "fits",
-            ]
-        )
-    for refusal in found.refused[: max(shown - len(found.fitting), 3)]:
-        size = "" if refusal.memory is None else f"{refusal.memory.total / 2**30:.2f}"
-        lines.append([_axes(refusal.mesh), refusal.strategy, "", "", size, "", "", "", refusal.reason])
-    return lines
-
-
-def _axes(mesh: MeshConfig) -> str:
-    return " x ".join(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items() if size > 1) or "1 device"
-
-
-def _attention(each: Suggestion) -> str:
-    sizes = each.sizes
-    if sizes.attention_strategy == "hybrid":
-        return f"ring of {sizes.ring_size} x ulysses of {sizes.exchange_size}"
-    return "blockwise" if sizes.mesh.sp == 1 else f"{sizes.attention_strategy} of {sizes.mesh.sp}"
-
-
-def write_results(
-    config: PlanConfig, found: Suggestions, timelines: dict[str, Timeline], hardware: Hardware, machine: Machine
-) -> None:
+def write_results(plan: Plan, config: PlanConfig, machine: Machine) -> None:
     """All meshes as CSV, the best as a table, the timeline's picture, and what they were made of."""
     config.output.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["dp", "fsdp", "tp", "sp", "attention", "saved_activations", "weights_over_ring", "bytes", "seconds", "mfu"]
-    )
-    for each in found.fitting:
-        mesh, request = each.sizes.mesh, each.sizes.request
-        writer.writerow(
-            [
-                *dataclasses.astuple(mesh),
-                _attention(each),
-                each.sizes.transformer.saved_activations,
-                request.weights_over_ring,
-                each.memory.total,
-                each.time.seconds,
-                each.time.utilisation,
-            ]
-        )
-    write_whole(config.output / "meshes.csv", text.getvalue())
-    write_whole(config.output / "table.md", markdown_table(mesh_rows(found, config.shown)))
-    if timelines:
-        with atomic_file(config.output / "timeline.png", overwrite=True) as temporary:
-            draw_timelines(timelines, devices_drawn=config.timeline.devices_drawn).savefig(temporary, dpi=130)
-    best = found.fitting[0]
+    write_whole(config.output / "meshes.csv", csv_table(mesh_records(plan.found)))
+    write_whole(config.output / "table.md", markdown_table(mesh_rows(plan.found, config.shown)))
+    picture = config.output / "timeline.png"
+    if plan.timelines:
+        with atomic_file(picture, overwrite=True) as temporary:
+            drawn = draw_timelines(plan.timelines, devices_drawn=config.timeline.devices_drawn, columns=2)
+            drawn.savefig(temporary, dpi=130)
+    else:
+        # An earlier plan's would be taken for this one's.
+        picture.unlink(missing_ok=True)
+    best = plan.best
     summary = {
         "config": {**to_mapping(config), "output": str(config.output)},
-        "hardware": dataclasses.asdict(hardware),
+        "cluster": dataclasses.asdict(plan.cluster),
         "memory_bytes": machine.memory_bytes,
+        "note": plan.note.strip(),
         "best": {
             "mesh": dataclasses.asdict(best.sizes.mesh),
-            "attention": _attention(best),
+            "attention": attention_text(best.sizes),
             "context": best.sizes.request.context,
+            "heads_at_once": best.sizes.request.heads_at_once,
+            "step_tokens": best.sizes.step_tokens,
             "microbatches": best.sizes.microbatches,
             "memory": best.memory.parts,
             "moment": best.memory.moment,
@@ -300,81 +343,30 @@ def write_results(
             "utilisation": best.time.utilisation,
             "days": days_for(config.token_budget, best.time),
         },
-        "timeline_seconds": {title: timeline.seconds for title, timeline in timelines.items()},
+        "timeline_seconds": {title: timeline.seconds for title, timeline in plan.timelines.items()},
         "commit": git_commit(),
         "versions": versions("ring_rl", "jax", "jaxlib"),
     }
     write_whole(config.output / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def show(
-    config: PlanConfig, found: Suggestions, hardware: Hardware, machine: Machine, timelines: dict[str, Timeline]
-) -> None:
+def show(plan: Plan, config: PlanConfig, machine: Machine) -> None:
     """The tables on the console."""
     console = Console(width=max(150, Console().width))
+    found = plan.found
     lines = mesh_rows(found, config.shown)
-    title = f"{len(found.fitting)} of {len(found.fitting) + len(found.refused)} meshes fit {machine.name}"
+    title = f"{len(found.fitting)} of {len(found.fitting) + len(found.refused)} meshes fit {machine.name}{plan.note}"
     table = Table(*lines[0], title=title)
     for line in lines[1:]:
         table.add_row(*line)
     console.print(table)
-    best = found.fitting[0]
-    time, memory = best.time, best.memory
-    facts = Table("the fastest", "", title=f"{_axes(best.sizes.mesh)}, {_attention(best)}")
-    facts.add_row("parameters", f"{best.sizes.parameters():,}")
-    facts.add_row("context", f"{best.sizes.request.context:,} tokens, {best.sizes.tokens:,} a device")
-    facts.add_row("microbatches", f"{best.sizes.microbatches} of {best.sizes.request.batch_size} sequences")
-    for name, size in memory.parts.items():
-        facts.add_row(f"memory: {name}", f"{size / 2**30:.3f} GiB")
-    estimate = " (estimate)" if machine.estimated else ""
-    facts.add_row(f"memory: peak{estimate}", f"{memory.total / 2**30:.3f} GiB, during {memory.moment}")
-    for name, seconds in time.parts().items():
-        facts.add_row(f"time: {name}", f"{seconds:.3g} s")
-    facts.add_row("time: a step", f"{time.seconds:.3g} s, {time.tokens_per_second:,.0f} tokens/s")
-    facts.add_row("model FLOPs a step", f"{time.model_flops:.3e}, {time.utilisation:.1%} of the devices' peak")
-    facts.add_row("FLOPs a device", f"{time.product_flops:.3e} products, {time.attention_flops:.3e} attention")
-    if time.overlap is not None and time.hop_bytes is not None:
-        overlap = time.overlap
-        facts.add_row("bytes a hop", f"{time.hop_bytes.forward:,} forward, {time.hop_bytes.backward:,} backward")
-        facts.add_row(
-            "a hop hides",
-            f"{'yes' if overlap.hides else 'no'}: {1e3 * overlap.forward_hop_seconds:.3g} ms behind "
-            f"{1e3 * overlap.forward_block_seconds:.3g} forward, {1e3 * overlap.backward_hop_seconds:.3g} behind "
-            f"{1e3 * overlap.backward_block_seconds:.3g} backward",
-        )
-    days = days_for(config.token_budget, time)
-    facts.add_row(f"days for {config.token_budget:.3g} tokens", f"{days:,.2f}")
-    for title, timeline in timelines.items():
-        facts.add_row(f"a layer's ring, {title}", f"{1e3 * timeline.seconds:.3g} ms, {timeline.idle_share:.0%} idle")
+    facts = Table("the fastest", "", title=f"{axes_text(plan.best.sizes.mesh)}, {attention_text(plan.best.sizes)}")
+    for name, value in fact_rows(
+        plan.best, estimated=machine.estimated, token_budget=config.token_budget, timelines=plan.timelines
+    ):
+        facts.add_row(name, value)
     console.print(facts)
-    rates = config.rates
-    console.print(
-        f"Assumed: {hardware.name}, {hardware.flops_per_second:.3g} FLOP/s, of which products reach "
-        f"{rates.products_share:.0%} and attention {rates.attention_share:.0%}; "
-        f"{hardware.neighbour_bytes_per_second:.3g} bytes/s to a neighbour, of which {rates.link_share:.0%}; gathers "
-        f"{'hide behind products' if rates.gathers_overlap else 'hide behind nothing'}. {hardware.source}."
-    )
-
-
-def last_line(config: PlanConfig, best: Suggestion, machine: Machine, timelines: dict[str, Timeline]) -> str:
-    """name=value, for programs."""
-    mesh, time = best.sizes.mesh, best.time
-    figures = [
-        *(f"{axis}={size}" for axis, size in dataclasses.asdict(mesh).items()),
-        f"strategy={best.sizes.attention_strategy}",
-        f"saved_activations={best.sizes.transformer.saved_activations}",
-        f"memory_gib={best.memory.total / 2**30:.3f}",
-        f"available_gib={machine.memory_bytes / 2**30:.3f}",
-        f"step_seconds={time.seconds:.4g}",
-        f"mfu={time.utilisation:.3f}",
-        f"days={days_for(config.token_budget, time):.4g}",
-        f"hop_hides={'none' if time.overlap is None else str(time.overlap.hides).lower()}",
-    ]
-    if timelines:
-        even = timelines["forward, all alike"].seconds
-        figures.append(f"slow_device_factor={timelines['forward, slow devices'].seconds / even:.3f}")
-        figures.append(f"slow_link_factor={timelines['forward, slow links'].seconds / even:.3f}")
-    return " ".join(figures)
+    console.print(assumptions(plan.cluster, config.rates))
 
 
 @hydra.main(config_path="../conf", config_name="plan", version_base="1.3")
@@ -382,7 +374,7 @@ def main(cfg: DictConfig) -> None:
     """Turns the composed configuration into a plan."""
     with exit_on_bad_input():
         config = from_mapping(PlanConfig, resolve(cfg))
-        print(plan(config)[1])
+        print(make_plan(config).line)
 
 
 if __name__ == "__main__":

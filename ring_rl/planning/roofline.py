@@ -4,17 +4,19 @@ What counts, of one device and one step:
 
     products      all matrix products, those that backward repeats included (`saved_activations`), by `products_share`
                   of the peak
-    attention     kernels.cost.attention_flops, of the busiest device at each hop, by `attention_share` of the peak
-    waiting       what the ring's hops take longer than the blocks that cover them (kernels.overlap)
+    attention     kernels.cost.attention_flops, of the busiest device in each phase of a ring, by `attention_share`
+    waiting       what a ring's transfers take longer than the blocks that cover them (`ring_phases`)
     exchange      all-to-alls of Ulysses, and all_gather's keys and values: nothing covers them
     gathers       weights gathered over the weight axes, twice where layers are computed again, and their gradients
                   scattered in float32; nothing covers them unless `gathers_overlap` says that the longer of gathers
                   and products counts
-    tensor        sums of activations over the tensor axis
-    gradients     the sum of gradients over the axes that repeat the parameters, once a step
+    tensor        sums of activations over the tensor axis, over one link of a torus
+    gradients     sums of gradients over the axes that repeat the parameters, in every microbatch: a layer's backward
+                  ends with them (`nn.weights`)
 
-What is left out: elementwise work and the memory's bandwidth (norms, softmax, the optimizer), input, the latency of a
-transfer, and the tiles that a masked block computes in vain. The two shares stand for the first; they are settings.
+What is left out: elementwise work and the memory's bandwidth (norms, softmax, the optimizer), input, what
+`saved_activations=offload` moves to the host, the latency of collectives, and the tiles that a masked block computes
+in vain. The two shares stand for the first; they are settings.
 """
 
 from __future__ import annotations
@@ -22,39 +24,17 @@ from __future__ import annotations
 import dataclasses
 
 from ring_rl.kernels.cost import Cost, attention_flops, traffic
-from ring_rl.kernels.hardware import Hardware
 from ring_rl.kernels.mask import FULL
-from ring_rl.kernels.overlap import Overlap, ring_overlap
 from ring_rl.kernels.pairs import hop_pairs, visible_pairs
+from ring_rl.planning.rates import Cluster, Group, Rates
+from ring_rl.planning.ring_phases import RingPhases, busiest_pairs, busiest_phases, layer_rings, ring_bytes, travels
 from ring_rl.planning.step_sizes import StepSizes
 from ring_rl.training.flops import model_flops_per_step
 
-__all__ = ["Rates", "Roofline", "days_for", "layer_attention_flops", "product_flops", "roofline"]
+__all__ = ["Roofline", "days_for", "layer_attention_flops", "product_flops", "roofline"]
 
 _FLOAT32_BYTES = 4
 _SECONDS_PER_DAY = 86400.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rates:
-    """What is reached of a data sheet's peaks.
-
-    Attributes:
-        products_share: Of the peak of matrix products, by products of weights and activations.
-        attention_share: Of the same peak, by attention.
-        link_share: Of the links' bandwidth.
-        gathers_overlap: Whether weights are gathered while products run.
-    """
-
-    products_share: float
-    attention_share: float
-    link_share: float
-    gathers_overlap: bool
-
-    def __post_init__(self) -> None:
-        for name in ("products_share", "attention_share", "link_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"rates.{name} must lie in (0, 1], got {getattr(self, name)}; 1 is the data sheet's")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,8 +52,10 @@ class Roofline:
         product_flops: Of a device in a step, repeated ones included.
         attention_flops: Of the busiest device in a step, repeated ones included.
         model_flops: Of all devices in a step, nothing counted twice (`ring_rl.training.flops`).
-        hop_bytes: What a device sends to its neighbour at a hop, forward and backward; None without a ring.
-        overlap: Times of a hop and of the shortest block that covers one; None without a ring.
+        hop_bytes: What a device sends to its neighbour at a hop of one ring, forward and backward; None without one.
+        forward: Phases of one ring on the busiest device; None without a ring.
+        backward: The same of backward.
+        rings: Rings that a layer runs one after another, a group of heads each; 0 without a ring.
         tokens: Of a step.
         peak_flops_per_second: Of all devices, by the data sheet.
     """
@@ -89,7 +71,9 @@ class Roofline:
     attention_flops: float
     model_flops: float
     hop_bytes: Cost | None
-    overlap: Overlap | None
+    forward: RingPhases | None
+    backward: RingPhases | None
+    rings: int
     tokens: int
     peak_flops_per_second: float
 
@@ -111,6 +95,11 @@ class Roofline:
         return sum(self.parts().values())
 
     @property
+    def hides(self) -> bool | None:
+        """Whether no device of a ring ever waits for a transfer; None without a ring."""
+        return None if self.forward is None else self.waiting_seconds == 0
+
+    @property
     def utilisation(self) -> float:
         """Model FLOPs utilisation: model FLOPs over what the devices could have done in that time."""
         return self.model_flops / (self.seconds * self.peak_flops_per_second)
@@ -121,40 +110,53 @@ class Roofline:
         return self.tokens / self.seconds
 
 
-def roofline(sizes: StepSizes, *, hardware: Hardware, rates: Rates) -> Roofline:
-    """The step's time on devices that are all alike.
-
-    Raises:
-        ValueError: The hardware has no rates to plan with.
-    """
-    compute = hardware.flops_per_second
-    links = hardware.bytes_per_second * rates.link_share
-    neighbour = hardware.neighbour_bytes_per_second * rates.link_share
-    config, repeats = sizes.transformer, sizes.microbatches * sizes.transformer.layers
-
+def roofline(sizes: StepSizes, *, cluster: Cluster, rates: Rates) -> Roofline:
+    """The step's time on devices that are all alike."""
+    config, mesh, repeats = sizes.transformer, sizes.mesh, sizes.microbatches * sizes.transformer.layers
+    compute = cluster.device.flops_per_second
     products = sizes.microbatches * product_flops(sizes)
-    attention_seconds, waiting_seconds, attended, overlap = _attention(sizes, hardware, rates)
-    exchanged = 0
-    if sizes.attention_strategy in ("ulysses", "all_gather", "hybrid"):
-        exchanged = _exchanged_bytes(sizes)
-    gathers = sizes.microbatches * _gathered_bytes(sizes) / links
     products_seconds = products / (compute * rates.products_share)
+    attended = repeats * _busiest_share(sizes) * layer_attention_flops(sizes).total
+    forward, backward, rings, waiting = None, None, 0, 0.0
+    if travels(sizes):
+        rings = layer_rings(sizes)[1]
+        forward, backward = (
+            busiest_phases(sizes, cluster=cluster, rates=rates, backward=backward) for backward in (False, True)
+        )
+        runs_forward = 1 + _attends_again(sizes)
+        waiting = repeats * rings * (runs_forward * forward.waiting_seconds + backward.waiting_seconds)
+
+    exchanging = Group(stride=1, size=mesh.sp if sizes.attention_strategy == "all_gather" else sizes.exchange_size)
+    exchanged = repeats * _exchanged_bytes(sizes)
+    if sizes.attention_strategy == "all_gather":
+        exchange_rate = cluster.gather_bytes_per_second(exchanging)
+    else:
+        exchange_rate = cluster.exchange_bytes_per_second(exchanging)
+    over_ring = sizes.request.weights_over_ring
+    gathering = Group(stride=1 if over_ring else mesh.tp * mesh.sp, size=sizes.weight_shards)
+    if over_ring and mesh.tp > 1:
+        # fsdp and sp, with tp between them: as far apart as their outermost members are.
+        gathering = Group(stride=mesh.tp, size=sizes.weight_shards)
+    gathers = sizes.microbatches * _gathered_bytes(sizes) / cluster.gather_bytes_per_second(gathering)
+    gathers /= rates.link_share
     if rates.gathers_overlap:
         gathers = max(gathers - products_seconds, 0.0)
-    repeated = sum(sizes.held(g) * (config.layers if g.layered else 1) for g in sizes.parameter_groups())
-    repeating = sizes.devices // (sizes.weight_shards * sizes.mesh.tp)
+    held = sum(sizes.held(g) * (config.layers if g.layered else 1) for g in sizes.parameter_groups())
+    repeating = _repeating(sizes)
+    summed = sizes.microbatches * _all_reduced(held * _FLOAT32_BYTES, repeating.size)
+    tensor = repeats * _tensor_bytes(sizes) / cluster.neighbour_bytes_per_second(Group(mesh.sp, mesh.tp))
     pairs = sizes.request.batch_size * visible_pairs(sizes.mask, sizes.request.context)
     multiplied = sum(g.elements * (config.layers if g.layered else 1) for g in sizes.parameter_groups() if g.multiplied)
     return Roofline(
         products_seconds=products_seconds,
-        attention_seconds=repeats * attention_seconds,
-        waiting_seconds=repeats * waiting_seconds,
-        exchange_seconds=repeats * exchanged / links,
+        attention_seconds=attended / (compute * rates.attention_share),
+        waiting_seconds=waiting,
+        exchange_seconds=exchanged / (exchange_rate * rates.link_share),
         gather_seconds=gathers,
-        tensor_seconds=repeats * _tensor_bytes(sizes) / neighbour,
-        gradient_seconds=_all_reduced(repeated * _FLOAT32_BYTES, repeating) / links,
+        tensor_seconds=tensor / rates.link_share,
+        gradient_seconds=summed / (cluster.gather_bytes_per_second(repeating) * rates.link_share),
         product_flops=products,
-        attention_flops=repeats * attended,
+        attention_flops=attended,
         model_flops=model_flops_per_step(
             matmul_parameters=multiplied,
             tokens=sizes.step_tokens,
@@ -163,8 +165,10 @@ def roofline(sizes: StepSizes, *, hardware: Hardware, rates: Rates) -> Roofline:
             head_dim=config.head_dim,
             visible_pairs=sizes.microbatches * pairs,
         ),
-        hop_bytes=_hop_bytes(sizes),
-        overlap=overlap,
+        hop_bytes=ring_bytes(sizes) if travels(sizes) else None,
+        forward=forward,
+        backward=backward,
+        rings=rings,
         tokens=sizes.step_tokens,
         peak_flops_per_second=sizes.devices * compute,
     )
@@ -208,71 +212,52 @@ def layer_attention_flops(sizes: StepSizes) -> Cost:
     forward, backward = useful.forward, useful.backward
     if dense:
         backward = 2 * forward
-    if sizes.transformer.saved_activations == "none":
+    if _attends_again(sizes):
         backward += forward
     return Cost(forward, backward)
 
 
-def _attention(sizes: StepSizes, hardware: Hardware, rates: Rates) -> tuple[float, float, float, Overlap | None]:
-    """Of one layer and microbatch: (seconds of work, seconds of waiting, operations of the busiest device, overlap)."""
-    rate = hardware.flops_per_second * rates.attention_share
-    whole = layer_attention_flops(sizes)
-    strategy, ring = sizes.attention_strategy, sizes.ring_size
-    if strategy in ("blockwise", "dense"):
-        return whole.total / rate, 0.0, whole.total, None
-    if strategy == "ulysses" or ring == 1:
-        return whole.total / sizes.mesh.sp / rate, 0.0, whole.total / sizes.mesh.sp, None
-    layout, tokens = sizes.request.layout, sizes.request.context
-    pairs_RR = hop_pairs(sizes.mask, layout=layout, tokens=tokens, ring_size=ring)
-    in_lockstep = strategy != "all_gather"
-    busiest = pairs_RR.max(axis=1).sum() if in_lockstep else pairs_RR.sum(axis=0).max()
-    share = float(busiest) / float(pairs_RR.sum()) / sizes.exchange_size
-    work = whole.total * share
-    if not in_lockstep:
-        return work / rate, 0.0, work, None
-    shape = sizes.attention_shape()
-    exchange = sizes.exchange_size
-    shape = dataclasses.replace(
-        shape,
-        query_heads=shape.query_heads // exchange,
-        key_value_heads=max(shape.key_value_heads, exchange) // exchange,
-    )
-    reached = dataclasses.replace(
-        hardware, flops_per_second=rate, bytes_per_second=hardware.bytes_per_second * rates.link_share
-    )
-    overlap = ring_overlap(shape, mask=sizes.mask, layout=layout, ring_size=ring, hardware=reached)
-    # Each hop waits by what its transfer takes longer than its block, whose work differs from hop to hop.
-    pairs_R = pairs_RR[:-1].max(axis=1)
-    products = shape.batch * shape.query_heads * shape.head_dim / rate
-    forward_runs = 1 + (sizes.transformer.saved_activations == "none")
-    waiting = 0.0
-    for pairs in pairs_R:
-        waiting += forward_runs * max(overlap.forward_hop_seconds - 4 * products * float(pairs), 0.0)
-        waiting += max(overlap.backward_hop_seconds - 10 * products * float(pairs), 0.0)
-    return work / rate, waiting, work, overlap
+def _attends_again(sizes: StepSizes) -> bool:
+    """Whether backward runs attention's forward once more."""
+    return sizes.transformer.saved_activations == "none"
 
 
-def _hop_bytes(sizes: StepSizes) -> Cost | None:
-    """What a device sends at a hop: k, v; in backward also the sums of dk, dv, one hop behind."""
-    if sizes.attention_strategy not in ("ring", "hybrid") or sizes.ring_size == 1:
-        return None
-    shape, exchange = sizes.attention_shape(), sizes.exchange_size
-    heads = max(shape.key_value_heads, exchange) // exchange
-    elements = 2 * shape.batch * (shape.tokens // sizes.ring_size) * heads * shape.head_dim
-    return Cost(elements * shape.element_bytes, elements * (shape.element_bytes + _FLOAT32_BYTES))
+def _busiest_share(sizes: StepSizes) -> float:
+    """What the busiest device computes of a sequence's attention; phases of a ring end for all devices together."""
+    if sizes.mesh.sp == 1 or sizes.ring_size == 1 or sizes.attention_strategy == "ulysses":
+        return 1 / sizes.mesh.sp
+    if travels(sizes):
+        pairs = sum(busiest_pairs(sizes))
+    else:
+        ring = {"layout": sizes.request.layout, "ring_size": sizes.ring_size}
+        pairs = int(hop_pairs(sizes.mask, tokens=sizes.request.context, **ring).sum(axis=0).max())
+    return pairs / visible_pairs(sizes.mask, sizes.request.context) / sizes.exchange_size
 
 
 def _exchanged_bytes(sizes: StepSizes) -> float:
     """What a device sends in one layer where nothing computes meanwhile."""
-    strategy = sizes.attention_strategy
-    arguments = {"mask": sizes.mask, "layout": sizes.request.layout}
-    sent = traffic(sizes.attention_shape(), strategy=strategy, axis_size=sizes.attention_axis, **arguments)
-    hop = _hop_bytes(sizes)
-    if strategy == "hybrid" and hop is not None:
-        hops = sizes.ring_size - 1
-        sent = Cost(sent.forward - hops * hop.forward, sent.backward - hops * hop.backward)
-    again = sent.forward if sizes.transformer.saved_activations == "none" else 0
-    return sent.total + again
+    shape, layout = sizes.attention_shape(), sizes.request.layout
+    if sizes.attention_strategy == "all_gather":
+        sent = traffic(shape, strategy="all_gather", mask=sizes.mask, layout=layout, axis_size=sizes.mesh.sp)
+    elif sizes.exchange_size > 1:
+        # In a hybrid each group of its ring's devices deals out the heads of its share of the tokens.
+        shape = dataclasses.replace(shape, tokens=shape.tokens // sizes.mesh.sp * sizes.exchange_size)
+        size = sizes.exchange_size
+        sent = traffic(shape, strategy="ulysses", mask=sizes.mask, layout="contiguous", axis_size=size)
+    else:
+        return 0.0
+    return sent.total + (sent.forward if _attends_again(sizes) else 0)
+
+
+def _repeating(sizes: StepSizes) -> Group:
+    """The devices that hold the same weights."""
+    mesh, over_ring = sizes.mesh, sizes.request.weights_over_ring
+    if over_ring:
+        return Group(stride=mesh.fsdp * mesh.tp * mesh.sp, size=mesh.dp)
+    if mesh.dp == 1:
+        return Group(stride=1, size=mesh.sp)
+    # dp and sp, with fsdp and tp between them.
+    return Group(stride=mesh.fsdp * mesh.tp, size=mesh.dp * mesh.sp)
 
 
 def _gathered_bytes(sizes: StepSizes) -> float:

@@ -8,22 +8,22 @@ over the ring or not; and the policies of saved activations asked for. Memory is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-from ring_rl.kernels.hardware import Hardware
 from ring_rl.kernels.layout import padded_length
 from ring_rl.nn.parallel import SequenceStrategy
 from ring_rl.nn.saved_activations import SavedActivations
 from ring_rl.planning.compiled_step import StepRequest
 from ring_rl.planning.memory_model import Compiler, StepMemory, step_memory
-from ring_rl.planning.roofline import Rates, Roofline, roofline
+from ring_rl.planning.rates import Cluster, Rates
+from ring_rl.planning.roofline import Roofline, roofline
 from ring_rl.planning.step_sizes import StepSizes
 from ring_rl.training.mesh import MeshConfig
 
 __all__ = [
     "Constraints",
-    "MostDevices",
     "Refusal",
     "Suggestion",
     "Suggestions",
@@ -51,11 +51,21 @@ class Constraints:
     sp: int | None
     strategy: Literal["ring", "ulysses", "hybrid"] | None
 
+    def __str__(self) -> str:
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return ", ".join(f"{name}={value}" for name, value in given.items())
+
     def allow(self, mesh: MeshConfig, strategy: str) -> bool:
         """Whether it is so."""
         wanted = ((self.dp, mesh.dp), (self.fsdp, mesh.fsdp), (self.tp, mesh.tp), (self.sp, mesh.sp))
         return all(size in (None, given) for size, given in wanted) and self.strategy in (None, strategy)
 
+
+_FLOAT32_BYTES = 4
+# Of the memory, by microbatches of more than one sequence a group: the formula is as exact as this leaves free.
+_MEMORY_TO_FILL = 0.9
+# Tokens that a context may be padded by, as a multiple of it: beyond, other chunks serve better.
+_MOST_PADDING = 1.25
 
 ANY_MESH = Constraints(dp=None, fsdp=None, tp=None, sp=None, strategy=None)
 
@@ -99,24 +109,12 @@ class Suggestions:
     refused: list[Refusal]
 
 
-@dataclasses.dataclass(frozen=True)
-class MostDevices:
-    """How far `fewest_devices` looks: doubling from `first` to at most `last`."""
-
-    first: int
-    last: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.first <= self.last:
-            raise ValueError(f"devices to try must be 1 <= first <= last, got {self.first} to {self.last}")
-
-
 def suggest(
     request: StepRequest,
     *,
     devices: int,
     batch_tokens: int,
-    hardware: Hardware,
+    cluster: Cluster,
     memory_bytes: float,
     rates: Rates,
     policies: tuple[SavedActivations, ...],
@@ -128,11 +126,11 @@ def suggest(
     Args:
         request: The step; its mesh, strategy, Ulysses size, place of weights, batch and saved activations are replaced.
         devices: How many there are; all are used.
-        batch_tokens: Tokens of an optimizer step, over all devices; what a mesh does not take at once it takes in
-            microbatches of one sequence a group of devices.
-        hardware: Rates of a device.
+        batch_tokens: Tokens of an optimizer step, over all devices. They are taken in as few microbatches as leave a
+            tenth of the memory free, and where not even one sequence a group of devices does, in those.
+        cluster: Peaks of a device and its links.
         memory_bytes: Of a device.
-        rates: What is reached of the hardware's peaks.
+        rates: What is reached of those peaks.
         policies: Saved activations to try.
         compiler: Whose memory is foretold.
         constraints: What a mesh must be.
@@ -147,7 +145,7 @@ def suggest(
         request, devices=devices, sequences=sequences, policies=policies, constraints=constraints
     ):
         try:
-            sizes = make()
+            sizes = make(1)
         except ValueError as error:
             refused.append(Refusal(mesh, strategy, str(error), None))
             continue
@@ -160,11 +158,20 @@ def suggest(
             )
             refused.append(Refusal(mesh, strategy, reason, memory))
             continue
-        fitting.append(Suggestion(sizes, memory, roofline(sizes, hardware=hardware, rates=rates)))
+        # Fewer microbatches gather and sum less often, and do the same otherwise.
+        for rows in _divisors(sizes.microbatches)[1:]:
+            larger = make(rows)
+            needed = step_memory(larger, compiler=compiler)
+            if needed.total > _MEMORY_TO_FILL * memory_bytes:
+                break
+            sizes, memory = larger, needed
+        fitting.append(Suggestion(sizes, memory, roofline(sizes, cluster=cluster, rates=rates)))
     if not fitting and not refused:
+        asked = f" has {constraints}" if str(constraints) else " serves"
+        heads = request.model.transformer.key_value_heads
         raise ValueError(
-            f"no mesh of {devices} devices and {sequences} sequences a step meets {constraints}; the sizes must "
-            f"multiply to {devices}, dp x fsdp must divide the sequences and tp the key-value heads"
+            f"no mesh of {devices} devices{asked}: dp x fsdp x tp x sp must be {devices}, dp x fsdp at most the "
+            f"{sequences} sequences of a step and tp a divisor of the {heads} key-value heads"
         )
     # Of equals the one that leaves more memory.
     fitting.sort(key=lambda each: (each.time.seconds, each.memory.total))
@@ -175,31 +182,32 @@ def suggest(
 def fewest_devices(
     request: StepRequest,
     *,
-    search: MostDevices,
+    counts: Sequence[int],
     batch_tokens: int,
     memory_bytes: float,
     policies: tuple[SavedActivations, ...],
     compiler: Compiler,
     constraints: Constraints = ANY_MESH,
 ) -> StepSizes | None:
-    """A mesh of the fewest devices, by doubling, that holds the step; None where none of those tried does."""
+    """The mesh of least memory of the first of these numbers of devices that holds the step; None where none does."""
     sequences = _sequences(request, batch_tokens)
-    devices = search.first
-    while devices <= search.last:
+    for devices in counts:
         best: tuple[int, StepSizes] | None = None
         for _, _, make in candidates(
             request, devices=devices, sequences=sequences, policies=policies, constraints=constraints
         ):
             try:
-                sizes = make()
+                sizes = make(1)
             except ValueError:
                 continue
+            if _FLOAT32_BYTES * (1 + sizes.moments) * sizes.parameters() > devices * memory_bytes:
+                # Parameters and moments alone are too much, however they are shared.
+                break
             total = step_memory(sizes, compiler=compiler).total
             if total <= memory_bytes and (best is None or total < best[0]):
                 best = total, sizes
         if best is not None:
             return best[1]
-        devices *= 2
     return None
 
 
@@ -210,8 +218,10 @@ def candidates(
     sequences: int,
     policies: tuple[SavedActivations, ...],
     constraints: Constraints = ANY_MESH,
-) -> Iterator[tuple[MeshConfig, str, Callable[[], StepSizes]]]:
+) -> Iterator[tuple[MeshConfig, str, Callable[[int], StepSizes]]]:
     """(mesh, strategy in words, what makes its sizes or raises ValueError) of every mesh worth judging.
+
+    The last takes the sequences of a microbatch that each group of devices has.
 
     Tensor parallelism beyond the key-value heads, and more groups of devices than the batch has sequences, are not
     tried: no model can be cut so.
@@ -247,8 +257,8 @@ def _maker(
     over_ring: bool,
     policy: SavedActivations,
     sequences: int,
-) -> Callable[[], StepSizes]:
-    def make() -> StepSizes:
+) -> Callable[[int], StepSizes]:
+    def make(rows: int) -> StepSizes:
         groups = mesh.dp * mesh.fsdp
         if sequences % groups:
             raise ValueError(
@@ -262,12 +272,30 @@ def _maker(
             strategy=strategy,
             ulysses_size=ulysses_size,
             weights_over_ring=over_ring,
-            context=padded_length(request.context, ring_size=mesh.sp, layout=request.layout),
-            batch_size=groups,
+            context=_padded(request, mesh.sp),
+            batch_size=groups * rows,
         )
-        return StepSizes(changed, microbatches=sequences // groups)
+        return StepSizes(changed, microbatches=sequences // groups // rows)
 
     return make
+
+
+def _padded(request: StepRequest, sp: int) -> int:
+    """The context, lengthened to what the devices divide, and the chunks of feed-forward and loss divide of a device.
+
+    Raises:
+        ValueError: That would be much more than asked for.
+    """
+    config = request.model.transformer
+    chunks = math.lcm(request.loss_chunks, 1 if config.feed_forward == "none" else config.feed_forward_chunks)
+    multiple = math.lcm(padded_length(1, ring_size=sp, layout=request.layout), sp * chunks)
+    padded = -(-request.context // multiple) * multiple
+    if padded > _MOST_PADDING * request.context:
+        raise ValueError(
+            f"{request.context:,} tokens would be padded to {padded:,} for sp={sp} and {chunks} chunks on each device; "
+            "use fewer devices a sequence, loss_chunks or feed_forward_chunks"
+        )
+    return padded
 
 
 def _sequences(request: StepRequest, batch_tokens: int) -> int:
