@@ -144,7 +144,7 @@ def roofline(sizes: StepSizes, *, cluster: Cluster, rates: Rates) -> Roofline:
     held = sum(sizes.held(g) * (config.layers if g.layered else 1) for g in sizes.parameter_groups())
     repeating = _repeating(sizes)
     summed = sizes.microbatches * _all_reduced(held * _FLOAT32_BYTES, repeating.size)
-    tensor = repeats * _tensor_bytes(sizes) / cluster.neighbour_bytes_per_second(Group(mesh.sp, mesh.tp))
+    tensor = sizes.microbatches * _tensor_bytes(sizes) / cluster.neighbour_bytes_per_second(Group(mesh.sp, mesh.tp))
     pairs = sizes.request.batch_size * visible_pairs(sizes.mask, sizes.request.context)
     multiplied = sum(g.elements * (config.layers if g.layered else 1) for g in sizes.parameter_groups() if g.multiplied)
     return Roofline(
@@ -186,16 +186,19 @@ def product_flops(sizes: StepSizes) -> float:
 
         2 N (3 + r) P      N tokens, P weights of the device that multiply, r what backward computes again:
 
-    of a layer's own projections all, of the feed-forward all but the last product, whose result backward does not
-    read; with saved_activations "all" and "products" nothing of the former, and nothing of the latter unless it runs
-    in chunks, which keep nothing. The head's gradients are made in forward, where its logits are.
+    with saved_activations "all" and "products" nothing; else of attention's projections all and of the feed-forward all
+    but its last product: what ends a layer backward does not read, so that without a feed-forward attention's last
+    projection is it. A feed-forward in chunks is computed again with "all", too; "products" keeps the products of its
+    chunks. The head's gradients are made in forward, where its logits are.
     """
     config = sizes.transformer
-    recomputed = config.saved_activations not in ("all", "products")
     heads, feed_forward, *_ = (sizes.gathered(group) for group in sizes.parameter_groups())
     head = next(g for g in sizes.parameter_groups() if g.multiplied and not g.layered)
-    again = heads * recomputed
-    if recomputed or config.feed_forward_chunks > 1:
+    saved, again = config.saved_activations, 0.0
+    if saved not in ("all", "products"):
+        out = heads * config.query_heads / (2 * (config.query_heads + config.key_value_heads))
+        again += heads - (out if config.feed_forward == "none" else 0)
+    if saved not in ("all", "products") or (saved == "all" and config.feed_forward_chunks > 1):
         again += feed_forward * {"none": 0.0, "gelu": 1 / 2, "swiglu": 2 / 3}[config.feed_forward]
     layer = 3 * (heads + feed_forward) + again
     return 2 * sizes.tokens * (config.layers * layer + 3 * sizes.gathered(head))
@@ -277,10 +280,19 @@ def _gathered_bytes(sizes: StepSizes) -> float:
 
 
 def _tensor_bytes(sizes: StepSizes) -> float:
-    """What a device sends of one layer's sums over the tensor axis: two forward, two backward, and those repeated."""
-    sums = 4 + (sizes.transformer.saved_activations != "all")
-    activations = sizes.tokens * sizes.transformer.width * sizes.element_bytes
-    return sums * _all_reduced(activations, sizes.mesh.tp)
+    """What a device sends of sums over the tensor axis in one microbatch, as the program asks for them.
+
+    Of a layer: forward the results of attention and of the feed-forward; backward the gradients of what goes into each
+    of their first projections, one by one, and attention's result again where the layer is. Of the vocabulary, where it
+    is shared: the embedded tokens and the gradient of what the head reads. A compiler may add up some before it sums.
+    """
+    config = sizes.transformer
+    inwards = {"none": 0, "gelu": 1, "swiglu": 2}[config.feed_forward]
+    again = config.saved_activations != "all" and config.feed_forward != "none"
+    sums = config.layers * (1 + (config.feed_forward != "none") + again + 3 + inwards)
+    if sizes.request.model.vocabulary_size % sizes.mesh.tp == 0:
+        sums += 2
+    return sums * _all_reduced(sizes.tokens * config.width * sizes.element_bytes, sizes.mesh.tp)
 
 
 def _all_reduced(size: float, devices: int) -> float:

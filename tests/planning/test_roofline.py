@@ -1,18 +1,24 @@
 """Work and time of a step, against counts made another way."""
 
 import dataclasses
+import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from ring_rl.kernels.cost import traffic
 from ring_rl.kernels.hardware import Hardware
+from ring_rl.lm.loss import make_language_loss
 from ring_rl.lm.model import LanguageModel
+from ring_rl.lm.token_batch import TokenBatch
+from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.planning.rates import Cluster, Rates
 from ring_rl.planning.roofline import days_for, layer_attention_flops, product_flops, roofline
 from ring_rl.planning.step_sizes import StepSizes
 from ring_rl.training.flops import matmul_parameters
+from ring_rl.training.mesh import make_mesh
 from small_steps import small_request
 
 HARDWARE = Hardware(
@@ -55,13 +61,128 @@ def test_what_devices_hold_adds_up_to_the_model():
 
 
 @pytest.mark.parametrize(
-    ("saved", "chunks", "times"), [("all", 1, (3, 3)), ("none", 1, (4, 3 + 2 / 3)), ("products", 4, (3, 3 + 2 / 3))]
+    ("saved", "chunks", "times"),
+    [
+        ("all", 1, (3, 3)),
+        ("all", 4, (3, 3 + 2 / 3)),
+        ("none", 1, (4, 3 + 2 / 3)),
+        ("attention", 4, (4, 3 + 2 / 3)),
+        ("products", 4, (3, 3)),
+    ],
 )
 def test_products_count_what_backward_does_again(saved, chunks, times):
     step = sizes(transformer={"saved_activations": saved, "feed_forward_chunks": chunks})
     projections, feed_forward = 4 * 16 * 16, 3 * 16 * 16
     layers = 2 * (times[0] * projections + times[1] * feed_forward)
     assert product_flops(step) == pytest.approx(2 * 64 * (layers + 3 * 16 * 32))
+
+
+def gradient_program(step):
+    """What a step differentiates, traced for its mesh: (equation, how often it runs) of a device."""
+    request = step.request
+    parallel = SequenceParallel(
+        mesh=make_mesh(request.mesh, devices=jax.devices()[: step.devices]),
+        layout=request.layout,
+        strategy=request.strategy,
+        ulysses_size=request.ulysses_size,
+        weight_axes=("fsdp", "sp") if request.weights_over_ring else ("fsdp",),
+    )
+    model = nnx.eval_shape(lambda: LanguageModel(request.model, rngs=nnx.Rngs(0)))
+    definition, parameters = nnx.split(model)
+    loss = make_language_loss(parallel, chunks=request.loss_chunks, z_loss=0.0)
+    tokens = jax.ShapeDtypeStruct((request.batch_size, request.context), jnp.int32)
+    weights = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+    batch = TokenBatch(
+        tokens=tokens, targets=tokens, weights=weights, positions=tokens, segment_ids=None, answer_ids=None
+    )
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    total = lambda parameters, *given: loss(nnx.merge(definition, parameters), *given).total  # noqa: E731
+    return list(equations(jax.make_jaxpr(jax.grad(total))(parameters, batch, key).jaxpr))
+
+
+def equations(jaxpr, times=1):
+    for equation in jaxpr.eqns:
+        yield equation, times
+        inside = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        for value in equation.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                part = getattr(part, "jaxpr", part)
+                if hasattr(part, "eqns"):
+                    yield from equations(part, inside)
+
+
+def flops_of_products(program):
+    """Of matrices alone: attention's products have a batch dimension."""
+    total = 0
+    for equation, times in program:
+        if equation.primitive.name == "dot_general" and not equation.params["dimension_numbers"][1][0]:
+            ((contracted, _), _), left = equation.params["dimension_numbers"], equation.invars[0].aval.shape
+            summed = math.prod(left[axis] for axis in contracted)
+            total += 2 * times * summed * math.prod(equation.outvars[0].aval.shape)
+    return total
+
+
+def bytes_into(program, primitive, *axes):
+    """Of the arrays that go into a device's collectives over just these mesh axes; single numbers are left out."""
+    total = 0
+    for equation, times in program:
+        named = equation.params.get("axes") or equation.params.get("axis_name") or ()
+        if equation.primitive.name == primitive and set(named if isinstance(named, tuple) else (named,)) == set(axes):
+            arrays = [operand.aval for operand in equation.invars]
+            total += times * sum(array.size * array.dtype.itemsize for array in arrays if array.ndim)
+    return total
+
+
+@pytest.mark.parametrize("saved", ["none", "attention", "products", "all"])
+@pytest.mark.parametrize(("feed_forward", "chunks"), [("swiglu", 1), ("swiglu", 4), ("gelu", 4), ("none", 1)])
+def test_products_are_those_of_the_program(saved, feed_forward, chunks):
+    shape = {"saved_activations": saved, "feed_forward": feed_forward, "feed_forward_chunks": chunks}
+    step = sizes(transformer={"feed_forward_width": 48, "key_value_heads": 1, **shape}, loss_chunks=2)
+    assert flops_of_products(gradient_program(step)) == pytest.approx(product_flops(step))
+
+
+def test_transfers_are_those_of_the_program():
+    """A ring whose devices share weights with others, and repeat them; the head's are the compiler's affair."""
+    step = sizes(
+        mesh={"fsdp": 2, "tp": 2, "sp": 2},
+        batch_size=2,
+        transformer={"saved_activations": "attention", "compute_dtype": "bfloat16"},
+    )
+    program = gradient_program(step)
+    one_link = Cluster(device=dataclasses.replace(HARDWARE, links=1))
+    plan = roofline(step, cluster=one_link, rates=PEAK)
+    # Of two devices each sends a hop of the ring; half of what it sums, twice; and half of what it scatters.
+    assert plan.hop_bytes is not None
+    assert bytes_into(program, "ppermute", "sp") == 2 * plan.hop_bytes.total
+    head = 16 * 32 // 4
+    received = bytes_into(program, "all_gather", "fsdp") + bytes_into(program, "reduce_scatter", "fsdp") / 2
+    assert plan.gather_seconds * 1e9 == pytest.approx(received + head * (2 + 4))
+    assert plan.gradient_seconds * 1e9 == pytest.approx(bytes_into(program, "psum_invariant", "dp", "sp") + 4 * head)
+    activations = 32 * 16 * 2
+    summed = bytes_into(program, "psum_invariant", "tp") + activations
+    assert plan.tensor_seconds * 1e9 == pytest.approx(summed)
+
+
+def test_a_hybrids_transfers_are_those_of_the_program():
+    step = sizes(
+        mesh={"dp": 2, "sp": 4},
+        batch_size=2,
+        weights_over_ring=True,
+        strategy="hybrid",
+        ulysses_size=2,
+        transformer={"compute_dtype": "bfloat16"},
+    )
+    program = gradient_program(step)
+    plan = roofline(step, cluster=Cluster(device=dataclasses.replace(HARDWARE, links=1)), rates=PEAK)
+    assert plan.hop_bytes is not None
+    # Two layers, one hop; forward twice, as nothing is saved.
+    hops = 2 * (plan.hop_bytes.total + plan.hop_bytes.forward)
+    assert bytes_into(program, "ppermute", "sp_ring") == hops
+    assert plan.exchange_seconds * 1e9 == pytest.approx(bytes_into(program, "all_to_all", "sp_ulysses") / 2)
+    over = ("sp_ring", "sp_ulysses")
+    received = 3 * bytes_into(program, "all_gather", *over) + 3 / 4 * bytes_into(program, "reduce_scatter", *over)
+    # Three quarters of the head come from others, and of its gradient go to them.
+    assert plan.gather_seconds * 1e9 == pytest.approx(received + 3 / 4 * 16 * 32 * (2 + 4))
 
 
 def test_attention_runs_again_where_nothing_of_it_is_kept():
@@ -200,11 +321,6 @@ def test_gradients_are_summed_over_those_who_repeat_the_weights_in_every_microba
     assert three.gradient_seconds == pytest.approx(3 * one.gradient_seconds)
     assert three.products_seconds == pytest.approx(3 * one.products_seconds)
     assert three.model_flops == 3 * one.model_flops
-
-
-def test_tensor_parallel_sums_cost_bytes():
-    assert roofline(sizes(mesh={"tp": 2}), cluster=CLUSTER, rates=PEAK).tensor_seconds > 0
-    assert roofline(sizes(), cluster=CLUSTER, rates=PEAK).tensor_seconds == 0
 
 
 def test_shares_of_the_peak_lengthen_a_step_and_days_follow():
