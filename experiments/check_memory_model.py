@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import fnmatch
 import io
 import json
 from collections.abc import Mapping
@@ -75,6 +76,7 @@ class CheckConfig:
     cases: dict[str, dict[str, dict[str, Change]]]
     groups: tuple[str, ...]
     tolerance: float
+    fitted: tuple[str, ...]
     compile: bool
     probes: Path
     further_probes: tuple[Path, ...]
@@ -142,6 +144,10 @@ class Comparison:
     moment: str
     parts: dict[str, int]
 
+    def fitted(self, patterns: tuple[str, ...]) -> bool:
+        """Whether the formula's constants were chosen with this step in view; each pattern is one of names."""
+        return any(fnmatch.fnmatchcase(self.name, pattern) for pattern in patterns)
+
     @property
     def error(self) -> float:
         """Planned over compiled, less 1."""
@@ -188,22 +194,42 @@ def compile_cases(config: CheckConfig, cache: ProbeCache, console: Console) -> l
     return found
 
 
-def further(paths: tuple[Path, ...]) -> list[Comparison]:
-    """What other searches compiled, as far as the formula covers it.
+def further(config: CheckConfig) -> list[Comparison]:
+    """What is known from other files of probes, under the case's name where it is one.
 
     Raises:
         FileNotFoundError: There is no such file.
     """
+    chosen = config.chosen().items()
+    cases = {_identity(key_of(request, machine_named(machine))): name for name, (machine, request) in chosen}
     found = []
-    for path in paths:
+    for path in config.further_probes:
         if not path.is_file():
             raise FileNotFoundError(f"further_probes names {path}, which does not exist")
-        for number, probe in enumerate(read_probes(path)):
+        for probe in read_probes(path):
             if probe.memory.peak_bytes is not None:
-                request = from_mapping(StepRequest, probe.key["request"])
-                name = f"{path.parent.name} {number}: {probe.key['machine']}"
-                found.append(compared(name, probe.key["machine"], request, probe.memory.peak_bytes))
+                request, machine = from_mapping(StepRequest, probe.key["request"]), probe.key["machine"]
+                name = cases.get(_identity(probe.key)) or described(machine, request)
+                found.append(compared(name, machine, request, probe.memory.peak_bytes))
     return found
+
+
+def _identity(key: Mapping[str, Any]) -> str:
+    """Of a step, whichever compiler was asked."""
+    return json.dumps([key["machine"], key["request"]], sort_keys=True)
+
+
+def described(machine: str, request: StepRequest) -> str:
+    """A step in words."""
+    sizes, config = StepSizes(request), request.model.transformer
+    words = [
+        f"{machine}: {config.layers} layers of {config.width}",
+        f"{sizes.attention_strategy} of {sizes.tokens} tokens",
+        *([f"{config.saved_activations} saved"] if config.saved_activations != "none" else []),
+        *(["feed-forward at once"] if config.feed_forward_chunks == 1 else []),
+        *([f"heads at once: {request.heads_at_once}"] if request.heads_at_once is not None else []),
+    ]
+    return ", ".join(words)
 
 
 def published(config: CheckConfig) -> list[Comparison]:
@@ -255,24 +281,21 @@ def _read_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
         return settings, list(csv.DictReader(file))
 
 
-def draw(comparisons: list[Comparison]) -> Figure:
-    """Planned against compiled."""
+def draw(comparisons: list[Comparison], patterns: tuple[str, ...]) -> Figure:
+    """Planned against compiled; hollow where `patterns` says that the formula was fitted."""
     figure = Figure(figsize=(5.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     everything = [each.compiled_bytes for each in comparisons]
     ends = np.array([min(everything), max(everything)]) / 2**30
     axes.plot(ends, ends, color="0.6", linewidth=0.8)
     axes.fill_between(ends, 0.9 * ends, 1.1 * ends, color="0.9", label="within 10 %")
-    for compiler, label in (("tpu", "TPU compiler"), ("cpu", "CPU compiler, for GPUs")):
-        points = [each for each in comparisons if each.compiler == compiler]
-        if points:
-            axes.plot(
-                [each.compiled_bytes / 2**30 for each in points],
-                [each.planned_bytes / 2**30 for each in points],
-                "o",
-                markersize=4,
-                label=label,
-            )
+    for compiler, label, colour in (("tpu", "TPU compiler", "C0"), ("cpu", "CPU compiler, for GPUs", "C1")):
+        for fitted, fill in ((False, colour), (True, "none")):
+            points = [each for each in comparisons if each.compiler == compiler and each.fitted(patterns) == fitted]
+            if points:
+                sizes = np.array([(each.compiled_bytes, each.planned_bytes) for each in points]).T / 2**30
+                label_here = label + ", fitted" * fitted
+                axes.plot(*sizes, "o", color=colour, markerfacecolor=fill, markersize=4, label=label_here)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xlabel("compiled, GiB a device")
@@ -287,24 +310,41 @@ def write_results(config: CheckConfig, comparisons: list[Comparison]) -> None:
     text = io.StringIO()
     names = list(dict.fromkeys(part for each in comparisons for part in each.parts))
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["case", "compiler", "compiled_bytes", "planned_bytes", "error", "moment", *names])
+    writer.writerow(["case", "compiler", "fitted", "compiled_bytes", "planned_bytes", "error", "moment", *names])
     for each in comparisons:
         figures = [each.parts.get(part, 0) for part in names]
-        row = [each.name, each.compiler, each.compiled_bytes, each.planned_bytes, f"{each.error:.4f}", each.moment]
-        writer.writerow([*row, *figures])
+        is_fitted = str(each.fitted(config.fitted)).lower()
+        row = [each.name, each.compiler, is_fitted, each.compiled_bytes, each.planned_bytes, f"{each.error:.4f}"]
+        writer.writerow([*row, each.moment, *figures])
     write_whole(config.output / "memory.csv", text.getvalue())
     with atomic_file(config.output / "memory.png", overwrite=True) as temporary:
-        draw(comparisons).savefig(temporary, dpi=130)
+        draw(comparisons, config.fitted).savefig(temporary, dpi=130)
     summary = {
         "config": to_mapping(config),
         "compared": len(comparisons),
         "within_tolerance": sum(abs(each.error) <= config.tolerance for each in comparisons),
         "worst_error": max(comparisons, key=lambda each: abs(each.error)).error,
+        "errors": {
+            f"{compiler}, {'fitted' if fitted else 'held out'}": _errors(group)
+            for compiler in ("tpu", "cpu")
+            for fitted in (True, False)
+            if (group := [c for c in comparisons if c.compiler == compiler and c.fitted(config.fitted) == fitted])
+        },
         "commit": git_commit(),
         "compilers": dict(compiler_versions()),
         "versions": versions("ring_rl", "jax", "jaxlib", "flax"),
     }
     write_whole(config.output / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _errors(comparisons: list[Comparison]) -> dict[str, float | int]:
+    errors = np.array([each.error for each in comparisons])
+    return {
+        "compared": len(errors),
+        "smallest": round(float(errors.min()), 4),
+        "median_size": round(float(np.median(np.abs(errors))), 4),
+        "largest": round(float(errors.max()), 4),
+    }
 
 
 def check(config: CheckConfig) -> list[Comparison]:
@@ -318,15 +358,17 @@ def check(config: CheckConfig) -> list[Comparison]:
     console = Console()
     with open_probe_cache(config.probes) as cache:
         comparisons = compile_cases(config, cache, console)
-    comparisons += further(config.further_probes) + published(config)
+    known = {each.name for each in comparisons}
+    comparisons += [each for each in further(config) if each.name not in known] + published(config)
     if not comparisons:
         raise ValueError(f"nothing to compare: {config.probes} knows none of the cases; set compile=true")
     write_results(config, comparisons)
-    table = Table("case", "compiled", "planned", "error", "peak in")
+    table = Table("case", "compiled", "planned", "error", "peak in", "fitted")
     for each in comparisons:
         colour = "" if abs(each.error) <= config.tolerance else "[red]"
         sizes = (f"{each.compiled_bytes / 2**30:.3f} GiB", f"{each.planned_bytes / 2**30:.3f} GiB")
-        table.add_row(each.name, *sizes, f"{colour}{each.error:+.1%}", each.moment)
+        fitted = "fitted" * each.fitted(config.fitted)
+        table.add_row(each.name, *sizes, f"{colour}{each.error:+.1%}", each.moment, fitted)
     console.print(table)
     return comparisons
 
@@ -334,8 +376,10 @@ def check(config: CheckConfig) -> list[Comparison]:
 def last_line(config: CheckConfig, comparisons: list[Comparison]) -> str:
     """name=value, for programs."""
     errors = np.abs([each.error for each in comparisons])
+    held_out = [abs(each.error) for each in comparisons if not each.fitted(config.fitted)]
     within = f"within_{100 * config.tolerance:.0f}={int((errors <= config.tolerance).sum())}/{len(errors)}"
-    return f"worst_error={errors.max():.3f} median_error={np.median(errors):.3f} {within}"
+    not_fitted = f" held_out_worst_error={max(held_out):.3f}" if held_out else ""
+    return f"worst_error={errors.max():.3f} median_error={np.median(errors):.3f} {within}{not_fitted}"
 
 
 @hydra.main(config_path="../conf", config_name="check_memory_model", version_base="1.3")

@@ -89,7 +89,7 @@ class _Kept:
         stream: Arrays of the residual stream, all through a layer's backward.
         hidden: Arrays of the feed-forward's hidden width in a chunk, by its kind, where it is computed again.
         hidden_saved: The same where it was saved.
-        copied_weights: Of the layers' weights that the device holds: arrays in the dtype of the products.
+        copied_weights: Bytes of each of all layers' weights that the device holds, for copies in the dtype of products.
         gathered_weights: Bytes of each of the weights of one layer: gathered, and their gradients.
         head: Bytes of each weight of the head, gathered, during the backward of layers.
         head_in_loss: The same during the loss.
@@ -121,7 +121,7 @@ _CPU = _Kept(
         ring_of_two=_NO_QUERIES_SOME_KEYS,
         alone=_NO_QUERIES_SOME_KEYS,
         around_groups=(_Arrays(0), _Arrays(0)),
-        scores=_Arrays(3),
+        scores=_Arrays(4),
     ),
     recomputed=_Arrays(0),
     stream=_Arrays(17),
@@ -149,7 +149,7 @@ _TPU_PALLAS = _Kept(
     stream=_Arrays(2),
     hidden={"none": 0, "gelu": 3, "swiglu": 5},
     hidden_saved={"none": 0, "gelu": 2, "swiglu": 4},
-    copied_weights=1,
+    copied_weights=2,
     gathered_weights=4,
     head=0,
     head_in_loss=6,
@@ -157,16 +157,14 @@ _TPU_PALLAS = _Kept(
     stream_in_loss=4,
     lanes=128,
 )
-# The same with the XLA block: keys and the sums of their gradients are on their way while a block is computed tile by
-# tile.
+# The same with the XLA block, which keeps operands in the two layouts that its products want. A ring of two and no ring
+# were not compiled.
 _TPU_XLA = dataclasses.replace(
     _TPU_PALLAS,
-    attention=_ForAttention(
-        ring=(_Arrays(3, 1), _Arrays(4, 3)),
-        ring_of_two=(_Arrays(3, 1), _Arrays(4, 3)),
-        alone=(_Arrays(3, 1), _Arrays(2, 2)),
-        around_groups=(_Arrays(4), _Arrays(4)),
-        scores=_Arrays(0.6, 2),
+    attention=dataclasses.replace(
+        _TPU_PALLAS.attention,
+        ring=(_Arrays(7, 2), _Arrays(10, 8)),
+        ring_of_two=(_Arrays(7, 2), _Arrays(10, 8)),
     ),
     lanes=1,
 )
@@ -197,8 +195,7 @@ def step_memory(sizes: StepSizes, *, compiler: Compiler) -> StepMemory:
     }
     saved = saved_bytes(sizes, compiler=compiler)
     stream = sizes.tokens * config.width
-    # Weights are float32: products in float32 need no copy.
-    copied = kept.copied_weights * sizes.element_bytes * layer_held if sizes.element_bytes < _FLOAT32 else 0
+    copied = kept.copied_weights * layer_held
     chunk = sizes.tokens // config.feed_forward_chunks * config.feed_forward_width // sizes.mesh.tp
     recomputed = config.saved_activations not in ("products", "all")
     hidden = (kept.hidden if recomputed else kept.hidden_saved)[config.feed_forward]
@@ -242,7 +239,8 @@ def saved_bytes(sizes: StepSizes, *, compiler: Compiler) -> int:
         attention    M + H D, and H float32
         products     2 M + 2 H D + 2 K D + m F, and H float32
         all          what backward reads: the residual stream and its norms, queries, keys and values before and after
-                     they turn, the results, all of the feed-forward; dense attention also its weights
+                     they turn, the results, all of the feed-forward; dense attention also its weights. In bfloat16 on
+                     TPUs the insides of the norms are float32, and weights of all layers are kept gathered
 
     m is the number of hidden products, 2 if the feed-forward is gated. The compiler for CPUs keeps bfloat16 as float32.
     """
@@ -259,10 +257,15 @@ def saved_bytes(sizes: StepSizes, *, compiler: Compiler) -> int:
         "products": (2 * config.width + 2 * queries + 2 * keys + hidden) * e + log_sum_exp,
         "all": (10 * config.width + 3 * queries + 4 * keys + elementwise) * e + log_sum_exp,
     }[config.saved_activations]
-    dense = 0
+    a_layer = 0
     if sizes.attention_strategy == "dense" and config.saved_activations in ("all", "products"):
-        dense = _FLOAT32 * shape.query_heads * shape.batch * shape.tokens**2
-    return config.layers * (sizes.tokens * a_token + dense)
+        a_layer += _FLOAT32 * shape.query_heads * shape.batch * shape.tokens**2
+    if e < _FLOAT32 and config.saved_activations == "all":
+        elementwise += config.feed_forward_width // tp
+        a_token = ((3 * config.width + 2 * queries + 2 * keys + elementwise) * e) + 6 * config.width * _FLOAT32
+        a_token += log_sum_exp
+        a_layer += e * sum(sizes.gathered(each) for each in sizes.parameter_groups() if each.layered)
+    return config.layers * (sizes.tokens * a_token + a_layer)
 
 
 def _kept(sizes: StepSizes, compiler: Compiler) -> _Kept:
