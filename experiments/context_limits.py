@@ -17,7 +17,7 @@ from ring_rl.config import exit_on_bad_input, from_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.planning.compile_process import CompileProcesses, compiler_versions
 from ring_rl.planning.forecast import Forecast
-from ring_rl.planning.limits import Cell, CellResult, LimitsConfig, plan_of, search_cells
+from ring_rl.planning.limits import Cell, CellResult, LimitsConfig, plan_of, report_problems, search_cells
 from ring_rl.planning.limits_report import OUTPUTS, headline, table_rows, write_limits
 from ring_rl.planning.probe_cache import ProbeCache, open_probe_cache
 from ring_rl.planning.topology import require_libtpu
@@ -34,9 +34,7 @@ def limits(config: LimitsConfig) -> dict[Cell, CellResult]:
     if not (config.overwrite or config.dry_run):
         refuse_existing(config.output, OUTPUTS)
     plans = [plan_of(config, cell) for cell in config.cells]
-    problems = [plan.problem for plan in plans if plan.problem]
-    if len(problems) == len(plans):
-        raise ValueError(problems[0])
+    problems = report_problems(plans)
     if not (config.dry_run or config.partial) and any(not plan.machine.estimated for plan in plans):
         require_libtpu()
     console = Console()
@@ -45,7 +43,12 @@ def limits(config: LimitsConfig) -> dict[Cell, CellResult]:
     # What compiles nothing writes no probe, and may look on while another process compiles.
     looks_on = config.dry_run or config.partial
     with contextlib.nullcontext(ProbeCache(config.probes)) if looks_on else open_probe_cache(config.probes) as cache:
-        forecast = Forecast(plans, cache, expected_seconds=config.expected_seconds)
+        forecast = Forecast(
+            plans,
+            cache,
+            expected_seconds=config.expected_seconds,
+            expected_gpu_seconds=config.expected_gpu_seconds,
+        )
         console.print(forecast.describe(config), soft_wrap=True, highlight=False)
         if looks_on:
             found = [plan.result(plan.known(cache)) for plan in plans]

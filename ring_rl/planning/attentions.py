@@ -48,6 +48,13 @@ class AttentionVariant:
         for name, devices in (("sequence_devices", self.sequence_devices), ("tensor_devices", self.tensor_devices)):
             if devices is not None and devices < 1:
                 raise ValueError(f"{name} of {self.label} must be at least 1, got {devices}")
+        if not self.label:
+            raise ValueError("a way to attend needs a label for tables, got ''")
+        if self.ulysses_size < 1 or (self.ulysses_size > 1 and self.strategy != "hybrid"):
+            raise ValueError(
+                f"ulysses_size of {self.label} must be at least 1, and 1 unless strategy is hybrid; got "
+                f"{self.ulysses_size} with strategy={self.strategy}"
+            )
         if self.strategy == "dense" and self.sequence_devices != 1:
             raise ValueError(
                 f"strategy=dense of {self.label} needs each sequence whole on a device: set sequence_devices to 1, "
@@ -92,6 +99,8 @@ class StepSettings:
         for name in ("feed_forward_block", "loss_block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 token, got {getattr(self, name)}")
+        if self.heads_at_once is not None and self.heads_at_once < 1:
+            raise ValueError(f"heads_at_once must be at least 1, or null for all heads, got {self.heads_at_once}")
 
 
 def step_request(

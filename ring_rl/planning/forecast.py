@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ring_rl.planning.compiled_step import CompiledMemory
-from ring_rl.planning.limits import EXPECTED_PROBES, Cell, CellResult, LimitsConfig, Plan
+from ring_rl.planning.limits import Cell, CellResult, LimitsConfig, Plan
 from ring_rl.planning.probe_cache import ProbeCache
 
 __all__ = ["Forecast", "duration"]
+
+# Of a cell that nothing is known of, (compiled to the end, refused): TPU compilers refuse what does not fit, those for
+# CPU devices compile everything. In the paper's table cells took (1 to 3, 1 to 2) and (2 to 4, 0).
+_PROBES_OF_A_SLICE, _PROBES_OF_A_NODE = (2, 2), (3, 0)
+# Seconds of a refusal over those of a compilation to the end, until refusals have been timed.
+_REFUSAL_SHARE = 0.05
 
 
 class Forecast:
     """Counts what is left while a table is made; safe for threads.
 
-    A cell is expected to take `EXPECTED_PROBES` probes, and at least one more while it is not done. A probe is expected
-    to take what the median one on the same machine took, else the median one of this file of probes, else
-    `expected_seconds`.
+    A TPU compiler refuses within seconds and compiles what fits for minutes, so these are counted and timed apart. A
+    probe is expected to take the mean of its sort on the same machine, else on machines of the same kind (slices of
+    TPUs, or CPU devices that stand for GPUs), else what was expected. A cell that is not done takes at least one more.
 
     Args:
         plans: The cells.
         cache: What is known.
-        expected_seconds: Of a compilation, where none was timed.
+        expected_seconds: Of a compilation for TPUs, to its end, where none was timed.
+        expected_gpu_seconds: Of one for CPU devices that stand for GPUs.
     """
 
-    def __init__(self, plans: Sequence[Plan], cache: ProbeCache, *, expected_seconds: float):
+    def __init__(
+        self, plans: Sequence[Plan], cache: ProbeCache, *, expected_seconds: float, expected_gpu_seconds: float
+    ):
         self.plans = list(plans)
         self.done = 0
-        self._expected_seconds, self._lock = expected_seconds, threading.Lock()
-        self._seconds: dict[str, list[float]] = {}
-        self._left: dict[Cell, int] = {}
+        # By whether machines are estimated.
+        self._expected_seconds, self._lock = {False: expected_seconds, True: expected_gpu_seconds}, threading.Lock()
+        # By machine, and whether the compiler refused.
+        self._seconds: dict[tuple[str, bool], list[float]] = {}
+        self._left: dict[Cell, tuple[int, int]] = {}
+        self._plan_of = {plan.cell: plan for plan in plans}
         self.known = 0
         for plan in plans:
             known = plan.known(cache)
@@ -39,13 +51,12 @@ class Forecast:
             for memory in known.values():
                 self._timed(plan, memory)
             if plan.next(known) is not None:
-                self._left[plan.cell] = max(min(EXPECTED_PROBES, len(plan.lengths)) - len(known), 1)
-        self._machine_of = {plan.cell: plan.cell.row.machine for plan in plans}
+                self._left[plan.cell] = _expected_probes(plan, known)
 
     @property
     def remaining(self) -> int:
         """Compilations still expected."""
-        return sum(self._left.values())
+        return sum(sum(left) for left in self._left.values())
 
     @property
     def total(self) -> int:
@@ -60,11 +71,10 @@ class Forecast:
     def seconds(self) -> float:
         """Of all that remain, one after another."""
         with self._lock:
-            every = [each for of_machine in self._seconds.values() for each in of_machine]
-            otherwise = statistics.median(every) if every else self._expected_seconds
             return sum(
-                count * statistics.median(self._seconds.get(self._machine_of[cell], [otherwise]))
-                for cell, count in self._left.items()
+                compiled * self._mean(self._plan_of[cell], refused=False)
+                + refused * self._mean(self._plan_of[cell], refused=True)
+                for cell, (compiled, refused) in self._left.items()
             )
 
     def compiled(self, plan: Plan, memory: CompiledMemory) -> None:
@@ -72,7 +82,9 @@ class Forecast:
         with self._lock:
             self.done += 1
             self._timed(plan, memory)
-            self._left[plan.cell] = max(self._left.get(plan.cell, 1) - 1, 1)
+            compiled, refused = self._left.get(plan.cell, (1, 0))
+            left = (compiled, max(refused - 1, 0)) if _refused(memory) else (max(compiled - 1, 0), refused)
+            self._left[plan.cell] = left if sum(left) else (1, 0)
 
     def finished(self, result: CellResult) -> None:
         """Takes note that nothing more is asked about a cell."""
@@ -97,7 +109,33 @@ class Forecast:
 
     def _timed(self, plan: Plan, memory: CompiledMemory) -> None:
         seconds = memory.lower_seconds + memory.compile_seconds
-        self._seconds.setdefault(plan.cell.row.machine, []).append(seconds)
+        self._seconds.setdefault((plan.cell.row.machine, _refused(memory)), []).append(seconds)
+
+    def _mean(self, plan: Plan, *, refused: bool) -> float:
+        """Seconds of a probe."""
+        own = self._seconds.get((plan.cell.row.machine, refused))
+        if own:
+            return statistics.mean(own)
+        estimated = plan.machine.estimated
+        kin = {each.cell.row.machine for each in self.plans if each.machine.estimated == estimated}
+        alike = [each for machine in kin for each in self._seconds.get((machine, refused), [])]
+        if alike:
+            return statistics.mean(alike)
+        return self._expected_seconds[estimated] * (_REFUSAL_SHARE if refused else 1.0)
+
+
+def _refused(memory: CompiledMemory) -> bool:
+    return memory.peak_bytes is None
+
+
+def _expected_probes(plan: Plan, known: Mapping[int, CompiledMemory]) -> tuple[int, int]:
+    """(compiled to the end, refused) that a cell still takes: at least one, at most as many as there are lengths."""
+    compiled, refused = _PROBES_OF_A_NODE if plan.machine.estimated else _PROBES_OF_A_SLICE
+    refusals = sum(_refused(memory) for memory in known.values())
+    lengths = len(plan.lengths) - len(known)
+    compiled = min(max(compiled - (len(known) - refusals), 0), lengths)
+    refused = min(max(refused - refusals, 0), lengths - compiled)
+    return (compiled, refused) if compiled + refused else (1, 0)
 
 
 def duration(seconds: float) -> str:

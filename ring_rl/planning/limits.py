@@ -16,18 +16,28 @@ from ring_rl.planning.probe_cache import ProbeCache
 from ring_rl.planning.search import Probe, known_limit, next_length, token_grid
 from ring_rl.planning.topology import TPU_SLICES, Machine, TpuSlice, machine_named
 
-__all__ = ["Cell", "CellResult", "LimitsConfig", "Plan", "PublishedContexts", "Row", "plan_of", "search_cells"]
-
-# Of a search that begins from a guess: there, near the end, the longest that fits, the next one.
-EXPECTED_PROBES = 4
+__all__ = [
+    "Cell",
+    "CellResult",
+    "LimitsConfig",
+    "Plan",
+    "PublishedContexts",
+    "Row",
+    "plan_of",
+    "report_problems",
+    "search_cells",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A model on a machine, both by name."""
+    """A model on a machine, both by name; a machine that is spelt another way, as V5E-8, is called v5e-8."""
 
     model: str
     machine: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "machine", machine_named(self.machine).name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +74,7 @@ class LimitsConfig:
     largest_tokens_a_device: int
     significant_bits: int
     expected_seconds: float
+    expected_gpu_seconds: float
     expectation: str
     processes: int
     probes: Path
@@ -74,17 +85,28 @@ class LimitsConfig:
     overwrite: bool
 
     def __post_init__(self) -> None:
-        if not self.rows or not self.columns:
-            raise ValueError("a table needs rows and columns; one of them is empty")
+        if not self.name or "/" in self.name:
+            raise ValueError(f"name must be that of a table, without a slash, got {self.name!r}")
+        for key in ("rows", "columns"):
+            if not getattr(self, key):
+                raise ValueError(f"a table needs rows and columns, and {key} is empty; name at least one")
         for column in self.columns:
             if column not in self.attentions:
                 raise ValueError(f"unknown attention {column!r}; choose of {', '.join(self.attentions)}")
         for row in self.rows:
             if row.model not in self.models:
                 raise ValueError(f"unknown model {row.model!r}; choose of {', '.join(self.models)}")
-            machine_named(row.machine)
-        if len(set(self.cells)) < len(self.cells):
-            raise ValueError("a row or a column is there twice")
+        for key, names in (
+            ("rows", [f"{row.model} on {row.machine}" for row in self.rows]),
+            ("columns", list(self.columns)),
+            ("the labels of columns", [self.attentions[column].label for column in self.columns]),
+        ):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"{key} must differ, and {twice!r} is there twice; take one away")
+        for key in ("expected_seconds", "expected_gpu_seconds"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key} must be above 0, got {getattr(self, key)}")
         if self.processes < 1:
             raise ValueError(f"processes must be at least 1, got {self.processes}")
         if self.quantum % 2:
@@ -241,6 +263,18 @@ def plan_of(config: LimitsConfig, cell: Cell) -> Plan:
     )
 
 
+def report_problems(plans: Sequence[Plan]) -> list[str]:
+    """Why some cells cannot be compiled, a line each.
+
+    Raises:
+        ValueError: None of them can; with the reason of the first.
+    """
+    problems = [plan.problem for plan in plans if plan.problem]
+    if len(problems) == len(plans):
+        raise ValueError(problems[0])
+    return problems
+
+
 def search_cells(
     plans: Sequence[Plan],
     cache: ProbeCache,
@@ -309,7 +343,9 @@ def _remedy(config: LimitsConfig, variant: AttentionVariant, transformer: Transf
     if isinstance(machine, TpuSlice):
         others: list[Machine] = [each for each in TPU_SLICES.values() if each.generation == machine.generation]
     else:
-        others = [dataclasses.replace(machine, devices=2**power) for power in range(14)]
+        # Groups that share a sequence, by doubling.
+        group = variant.tensor_devices * (variant.sequence_devices or variant.ulysses_size)
+        others = [dataclasses.replace(machine, devices=group * 2**power) for power in range(14)]
     name = lambda other: other.name if isinstance(other, TpuSlice) else f"{other.devices} of these GPUs"  # noqa: E731
     serving = [
         other
@@ -317,7 +353,9 @@ def _remedy(config: LimitsConfig, variant: AttentionVariant, transformer: Transf
         if problem_of(_request(config, variant, transformer, other, config.quantum), other) is None
     ]
     if not serving:
-        return f"no slice of {machine.generation} would do" if isinstance(machine, TpuSlice) else "no number would do"
+        if isinstance(machine, TpuSlice):
+            return f"no slice of {machine.generation} would do"
+        return f"none of {', '.join(str(other.devices) for other in others[:3])}, ... of these GPUs would do"
     smallest = f"the smallest that would do: {name(serving[0])}"
     return (
         smallest if serving[-1] is others[-1] or len(serving) == 1 else f"{smallest}, the largest: {name(serving[-1])}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -70,13 +71,17 @@ def write_limits(
 ) -> None:
     """All files of `OUTPUTS`, beside one another."""
     config.output.mkdir(parents=True, exist_ok=True)
+    picture = config.output / "limits.png"
     write_whole(config.output / "limits.csv", csv_table(_cell_records(config, results)))
     write_whole(config.output / "probes.csv", csv_table(_probe_records(results)))
     write_whole(config.output / "table.md", markdown_table(table_rows(config, results)))
     if any(each.context for each in results.values()):
-        write_figure(_draw(config, results), config.output / "limits.png")
+        write_figure(_draw(config, results), picture)
+    else:
+        # One of an earlier table would belie the others.
+        picture.unlink(missing_ok=True)
     summary = {
-        "config": {**to_mapping(config), "output": str(config.output)},
+        "config": {**to_mapping(config), "output": _shown(config.output), "probes": _shown(config.probes)},
         "headline": headline(config, results),
         "commit": git_commit(),
         "commits_of_probes": sorted({probe.commit or "unknown" for probe in cache.all()}),
@@ -88,12 +93,18 @@ def write_limits(
     write_whole(config.output / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
+def _shown(path: Path) -> str:
+    """A path as results may name it, which are read on other machines: from here, or its last name only."""
+    path = path.absolute()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
 def _cell_text(config: LimitsConfig, result: CellResult) -> str:
     theirs = config.published.tokens(result.plan.cell)
     if result.plan.problem:
         ours = "impossible"
     elif result.failure:
-        ours = "failed"
+        ours = "failed" if result.context is None else f"{_thousands(result.context)} or more, then failed"
     elif result.context is None:
         # The shortest length of all was seen not to fit, or nothing was asked yet.
         ours = "none" if result.final else "?"
@@ -172,7 +183,10 @@ def _draw(config: LimitsConfig, results: Mapping[Cell, CellResult]) -> Figure:
         cells = [results[Cell(row=row, attention=column)] for row in config.rows]
         places = [place - 0.4 + (index + 0.5) * wide for place in range(len(cells))]
         heights = [(each.context or 0) / 1024 for each in cells]
-        axes.bar(places, heights, width=0.92 * wide, color=f"C{index}", label=config.attentions[column].label)
+        # Of a cell that is not done nobody knows how much higher its bar is.
+        hatches = ["" if each.final else "//" for each in cells]
+        label = config.attentions[column].label
+        axes.bar(places, heights, width=0.92 * wide, color=f"C{index}", label=label, hatch=hatches, edgecolor="white")
         for place, each in zip(places, cells, strict=True):
             theirs = config.published.tokens(each.plan.cell)
             if theirs is not None:

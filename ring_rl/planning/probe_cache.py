@@ -95,6 +95,7 @@ def open_probe_cache(path: Path) -> Iterator[ProbeCache]:
 
     Raises:
         FileExistsError: Another process has it open.
+        ValueError: The file holds something else.
         OSError: It cannot be read or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +106,8 @@ def open_probe_cache(path: Path) -> Iterator[ProbeCache]:
             raise FileExistsError(
                 f"another process is adding to {path}; wait for it, or choose another file of probes"
             ) from None
+        if not _may_be_probes(path):
+            raise ValueError(f"{path} is no file of probes, and nothing is added to it; choose another file of probes")
         yield ProbeCache(path)
 
 
@@ -121,6 +124,16 @@ def read_probes(path: Path) -> list[CachedProbe]:
                     key=record["key"], memory=memory, commit=record["commit"]
                 )
     return list(found.values())
+
+
+def _may_be_probes(path: Path) -> bool:
+    """Whether the file is missing, empty, or begins as a line of probes does, torn or whole."""
+    begins = b'{"key"'
+    if not path.exists():
+        return True
+    with path.open("rb") as file:
+        found = file.read(len(begins)).lstrip()
+    return found.startswith(begins) or begins.startswith(found)
 
 
 def _canonical(key: Mapping[str, Any]) -> str:

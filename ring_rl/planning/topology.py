@@ -173,12 +173,19 @@ def machine_named(name: str) -> Machine:
     Raises:
         ValueError: There is none.
     """
-    if not name.startswith("gpu:"):
+    name = name.strip()
+    if not name.casefold().startswith("gpu:"):
         return tpu_slice(name)
-    parts = re.fullmatch(r"gpu:(\d+)x([\w.]+)-(\d+)GB", name)
+    parts = re.fullmatch(r"gpu:(\d+)x([\w.-]+)-(\d+)GB", name, re.IGNORECASE)
     if parts is None or int(parts[1]) < 1 or int(parts[3]) < 1:
         raise ValueError(f"cannot read {name!r}; name GPUs by number, kind and memory, such as gpu:8xA100-80GB")
-    return GpuNode(name=name, generation=parts[2], devices=int(parts[1]), memory_bytes=int(parts[3]) * 10**9)
+    devices, kind, gigabytes = int(parts[1]), parts[2], int(parts[3])
+    return GpuNode(
+        name=f"gpu:{devices}x{kind}-{gigabytes}GB",
+        generation=kind,
+        devices=devices,
+        memory_bytes=gigabytes * 10**9,
+    )
 
 
 def generation_of(name: str) -> str | None:

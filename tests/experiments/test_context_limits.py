@@ -94,7 +94,7 @@ def test_a_killed_run_goes_on_and_compiles_nothing_twice(pytestconfig, options, 
 
 
 def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(options, call_script, made_up, tmp_path, capsys):
-    call_script("context_limits", *options, "dry_run=true", "expected_seconds=60", "processes=4")
+    call_script("context_limits", *options, "dry_run=true", "expected_gpu_seconds=60", "processes=4")
     said = " ".join(capsys.readouterr().out.split())
     assert "2 of 2 cells are left, about 2 compilations in 4 processes: about 30 s, by a guess" in said
     assert made_up == []

@@ -82,6 +82,25 @@ def test_a_mesh_that_cannot_be_is_refused(changes, message):
         dataclasses.replace(ONE, **changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ulysses_size": 0}, "ulysses_size of one must be at least 1"),
+        ({"ulysses_size": 2}, "and 1 unless strategy is hybrid; got 2 with strategy=ring"),
+        ({"label": ""}, "needs a label"),
+    ],
+)
+def test_a_way_to_attend_that_says_two_things_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ONE, **changes)
+
+
+@pytest.mark.parametrize("heads", [0, -1])
+def test_heads_at_once_are_refused_before_anything_is_compiled(settings, heads):
+    with pytest.raises(ValueError, match="heads_at_once must be at least 1, or null for all heads"):
+        dataclasses.replace(settings, heads_at_once=heads)
+
+
 def test_a_plain_feed_forward_is_one_chunk_and_gpus_have_their_own_dtype(settings):
     plain = dataclasses.replace(ONE, feed_forward_blockwise=False)
     kernels = dataclasses.replace(settings, attention_block="pallas_tpu")

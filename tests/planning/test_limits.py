@@ -5,14 +5,13 @@ import dataclasses
 import json
 import re
 import threading
-from pathlib import Path
 
 import pytest
 
 from ring_rl.planning.attentions import AttentionVariant, StepSettings
 from ring_rl.planning.compile_process import CompilationFailedError, CompileProcesses
 from ring_rl.planning.forecast import Forecast, duration
-from ring_rl.planning.limits import LimitsConfig, PublishedContexts, Row, plan_of, search_cells
+from ring_rl.planning.limits import LimitsConfig, PublishedContexts, Row, plan_of, report_problems, search_cells
 from ring_rl.planning.limits_report import headline, ratio, table_rows, write_limits
 from ring_rl.planning.probe_cache import open_probe_cache
 from small_models import small_transformer
@@ -63,6 +62,7 @@ def config(ring_request, tmp_path):
         largest_tokens_a_device=2**20,
         significant_bits=4,
         expected_seconds=10.0,
+        expected_gpu_seconds=10.0,
         expectation="a guess",
         processes=2,
         probes=tmp_path / "probes.jsonl",
@@ -103,7 +103,10 @@ def searched(config, compiled):
     def search(config=config, **options):
         with open_probe_cache(config.probes) as cache, MadeUpCompilers(compiled, **options) as compilers:
             forecast = Forecast(
-                [plan_of(config, cell) for cell in config.cells], cache, expected_seconds=config.expected_seconds
+                [plan_of(config, cell) for cell in config.cells],
+                cache,
+                expected_seconds=config.expected_seconds,
+                expected_gpu_seconds=config.expected_gpu_seconds,
             )
             said = forecast.describe(config)
             found = search_cells(
@@ -139,7 +142,7 @@ def test_every_cell_ends_between_what_fits_and_what_does_not(config, searched):
 
 def test_nothing_is_compiled_twice(config, searched):
     first, _, _, said = searched()
-    assert "6 of 6 cells are left, about 24 compilations in 2 processes: about 2 min, by a guess" in said
+    assert "6 of 6 cells are left, about 21 compilations in 2 processes: about 1 min, by a guess" in said
     again, compilers, _, said = searched()
     assert compilers.asked == []
     assert said.startswith("all 6 cells are known from")
@@ -173,12 +176,31 @@ def test_the_forecast_counts_down_and_learns_from_timed_compilations(config, sea
     assert forecast.done == len(compilers.asked)
     assert (forecast.remaining, forecast.total) == (0, forecast.done)
     assert forecast.seconds() == 0
-    # Of one machine all is forgotten, where a probe took 3 seconds.
+    # Of the node all is forgotten, and what a slice took says nothing of it.
     lines = [line for line in config.probes.read_text().splitlines() if '"machine": "cpu' not in line]
     config.probes.write_text("\n".join(lines) + "\n")
     with open_probe_cache(config.probes) as cache:
-        forecast = Forecast([plan_of(config, cell) for cell in config.cells], cache, expected_seconds=10.0)
-    assert (forecast.cells_left, forecast.remaining, forecast.seconds()) == (3, 12, 36.0)
+        plans = [plan_of(config, cell) for cell in config.cells]
+        forecast = Forecast(plans, cache, expected_seconds=20.0, expected_gpu_seconds=10.0)
+    assert (forecast.cells_left, forecast.remaining, forecast.seconds()) == (3, 9, 90.0)
+
+
+def test_refusals_take_seconds_and_do_not_make_what_fits_look_quick(config, compiled):
+    config = dataclasses.replace(config, rows=config.rows[:1], columns=("ring",))
+    plan = plan_of(config, config.cells[0])
+    with open_probe_cache(config.probes) as cache:
+        forecast = Forecast([plan], cache, expected_seconds=100.0, expected_gpu_seconds=1.0)
+    # Two compiled, two refused.
+    assert (forecast.remaining, forecast.seconds()) == (4, 210.0)
+    refusal = {"peak_bytes": None, "lower_seconds": 1.0, "compile_seconds": 3.0}
+    forecast.compiled(plan, compiled(**refusal))
+    assert (forecast.remaining, forecast.seconds()) == (3, 204.0)
+    forecast.compiled(plan, compiled(**refusal))
+    assert (forecast.remaining, forecast.seconds()) == (2, 200.0)
+    forecast.compiled(plan, compiled(peak_bytes=1, lower_seconds=10.0, compile_seconds=40.0))
+    assert (forecast.remaining, forecast.seconds()) == (1, 50.0)
+    forecast.compiled(plan, compiled(peak_bytes=1, lower_seconds=10.0, compile_seconds=40.0))
+    assert (forecast.remaining, forecast.seconds()) == (1, 50.0)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (89, "1 min"), (3599, "1 h 00 min"), (7500, "2 h 05 min")])
@@ -236,11 +258,17 @@ def test_what_cannot_be_is_said_before_compiling_with_the_smallest_machine_that_
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"columns": ()}, "one of them is empty"),
+        ({"columns": ()}, "columns is empty"),
+        ({"name": "../elsewhere"}, "without a slash"),
+        ({"expected_seconds": -5.0}, "expected_seconds must be above 0"),
+        ({"expected_gpu_seconds": float("nan")}, "expected_gpu_seconds must be above 0"),
         ({"columns": ("sparse",)}, "unknown attention 'sparse'; choose of vanilla"),
         ({"rows": (Row(model="large", machine=SLICE),)}, "unknown model 'large'; choose of small"),
-        ({"rows": (Row(model="small", machine="v5e-9"),)}, "unknown TPU slice"),
-        ({"columns": ("ring", "ring")}, "twice"),
+        ({"columns": ("ring", "ring")}, "columns must differ, and 'ring' is there twice"),
+        (
+            {"rows": (Row(model="small", machine="v5e-8"), Row(model="small", machine="V5litepod-8"))},
+            "rows must differ, and 'small on v5e-8' is there twice",
+        ),
         ({"quantum": 3}, "even"),
         ({"processes": 0}, "at least 1"),
         ({"largest_tokens_a_device": 8}, "at least the quantum"),
@@ -249,6 +277,50 @@ def test_what_cannot_be_is_said_before_compiling_with_the_smallest_machine_that_
 def test_a_table_that_cannot_be_is_refused(config, changes, says):
     with pytest.raises(ValueError, match=says):
         dataclasses.replace(config, **changes)
+
+
+def test_a_machine_has_one_name_however_it_is_spelt():
+    assert Row(model="small", machine=" V5E-8").machine == "v5e-8"
+    assert Row(model="small", machine="GPU:08xH100-SXM-80gb").machine == "gpu:8xH100-SXM-80GB"
+    with pytest.raises(ValueError, match="unknown TPU slice"):
+        Row(model="small", machine="v5e-9")
+
+
+def test_two_columns_of_one_label_are_refused(config):
+    attentions = {**config.attentions, "again": config.attentions["ring"]}
+    with pytest.raises(ValueError, match="labels of columns must differ, and 'ring'"):
+        dataclasses.replace(config, attentions=attentions, columns=("ring", "again"))
+
+
+def test_groups_of_three_gpus_get_a_remedy_of_groups_of_three(config):
+    attentions = {**config.attentions, "groups": dataclasses.replace(config.attentions["ring"], sequence_devices=3)}
+    config = dataclasses.replace(
+        config, attentions=attentions, columns=("groups",), rows=(Row(model="small", machine=NODE),)
+    )
+    problem = plan_of(config, config.cells[0]).problem
+    assert problem.endswith("the smallest that would do: 3 of these GPUs")
+    with pytest.raises(ValueError, match="3 of these GPUs"):
+        report_problems([plan_of(config, config.cells[0])])
+
+
+def test_results_name_no_folder_of_this_machine_and_no_picture_outlives_its_table(config, searched):
+    results, *_ = searched()
+    with open_probe_cache(config.probes) as cache:
+        write_limits(config, results, cache, versions={})
+        assert str(config.output.parent) not in (config.output / "summary.json").read_text()
+        assert (config.output / "limits.png").exists()
+        nothing = {cell: each.plan.result({}) for cell, each in results.items()}
+        write_limits(config, nothing, cache, versions={})
+    assert not (config.output / "limits.png").exists()
+
+
+def test_a_cell_that_failed_on_its_way_says_how_far_it_was(config, searched):
+    results, *_ = searched()
+    cell = config.cells[2]
+    lengths = results[cell].known
+    short = {length: memory for length, memory in lengths.items() if memory.peak_bytes is not None}
+    failed = dataclasses.replace(results[cell].plan.result(short), failure="a bug")
+    assert table_rows(config, {**results, cell: failed})[1][4] == "1,152 or more, then failed (512)"
 
 
 def test_the_report_says_what_was_found_beside_the_paper(config, searched):
@@ -280,7 +352,7 @@ def test_the_report_says_what_was_found_beside_the_paper(config, searched):
     summary = json.loads((config.output / "summary.json").read_text())
     assert summary["headline"] == headline(config, results)
     assert summary["versions"] == {"jax": "1"}
-    assert Path(summary["config"]["probes"]) == config.probes
+    assert summary["config"]["probes"] == config.probes.name
 
 
 def test_a_partial_table_says_what_is_not_final(config, searched):

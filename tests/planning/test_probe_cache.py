@@ -101,3 +101,20 @@ def test_one_process_writes_and_its_end_frees_the_file(tmp_path):
         process.communicate()
     with open_probe_cache(path):
         pass
+
+
+@pytest.mark.parametrize("content", ["machine,model\nv5e-8,small\n", "\0\1", '{"other": 1}\n'])
+def test_nothing_is_added_to_a_file_of_something_else(tmp_path, content):
+    path = tmp_path / "notes"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="no file of probes"), open_probe_cache(path):
+        pass
+    assert path.read_text() == content
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"ke', '{"key": {"requ'])
+def test_a_file_whose_first_line_was_torn_goes_on(tmp_path, torn):
+    path = tmp_path / "probes.jsonl"
+    path.write_text(torn)
+    with open_probe_cache(path) as cache:
+        assert cache.all() == []
