@@ -16,6 +16,7 @@ The largest is the peak. `experiments/check_memory_model.py` compares with compi
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 from ring_rl.kernels.cost import largest_divisor
@@ -95,7 +96,8 @@ class _Kept:
         head_in_loss: The same during the loss.
         logits: Float32 arrays of the logits of a chunk of the loss.
         stream_in_loss: Arrays of the residual stream during the loss.
-        lanes: What the compiler rounds the last dimension of arrays up to a multiple of.
+        lanes: What heads' dimension is rounded up to a multiple of in the arrays that attention works on. Where arrays
+            only wait, the compiler puts tokens last, and nothing is padded.
     """
 
     attention: _ForAttention
@@ -136,14 +138,15 @@ _CPU = _Kept(
     lanes=1,
 )
 # libtpu's compiler with our Pallas kernels. A hop's kernels return float32 arrays, which are there beside the sums that
-# they go into: of queries two hops' results, their halves put in place, and the sum; of keys the four kinds above.
+# they go into: of queries two hops' results, their halves put in place, and the sum; of keys the four kinds above. Of
+# scores v4 keeps a bfloat16 array besides, and v5e, v5p and v6e do not: the figure lies between, nearer to theirs.
 _TPU_PALLAS = _Kept(
     attention=_ForAttention(
         ring=(_Arrays(3.5, 4), _Arrays(5, 8)),
         ring_of_two=(_Arrays(0.5, 1.5), _Arrays(0.5, 6.5)),
         alone=(_Arrays(3, 1), _Arrays(2, 2)),
         around_groups=(_Arrays(4), _Arrays(4)),
-        scores=_Arrays(0.6, 2),
+        scores=_Arrays(0.3, 2),
     ),
     recomputed=_Arrays(2),
     stream=_Arrays(2),
@@ -200,7 +203,7 @@ def step_memory(sizes: StepSizes, *, compiler: Compiler) -> StepMemory:
     recomputed = config.saved_activations not in ("products", "all")
     hidden = (kept.hidden if recomputed else kept.hidden_saved)[config.feed_forward]
     logits = sizes.tokens // sizes.request.loss_chunks * (head_gathered // config.width)
-    queries, keys = _padded_elements(sizes, kept)
+    queries, keys = _elements(sizes)
     layer_backward = {
         "gradients": _FLOAT32 * (layer_held + head_held),
         "saved activations": saved,
@@ -209,7 +212,7 @@ def step_memory(sizes: StepSizes, *, compiler: Compiler) -> StepMemory:
     }
     moments = {
         "attention's backward": layer_backward
-        | {"attention": _attention_bytes(sizes, kept.attention, queries=queries, keys=keys, narrow_bytes=narrow_bytes)},
+        | {"attention": _attention_bytes(sizes, kept, narrow_bytes=narrow_bytes)},
         "the feed-forward's backward": layer_backward
         | {
             "attention": round(kept.recomputed.bytes(queries + keys, narrow_bytes=narrow_bytes)),
@@ -278,31 +281,32 @@ def _activation_bytes(sizes: StepSizes, compiler: Compiler) -> int:
     return _FLOAT32 if compiler == "cpu" else sizes.element_bytes
 
 
-def _padded_elements(sizes: StepSizes, kept: _Kept) -> tuple[int, int]:
-    """Elements of a device's queries and keys, as the compiler lays them out."""
+def _elements(sizes: StepSizes) -> tuple[int, int]:
+    """Of a device's queries and of its keys."""
     shape = sizes.attention_shape()
-    head_dim = -(-shape.head_dim // kept.lanes) * kept.lanes
     key_heads = max(shape.key_value_heads, sizes.exchange_size)
-    return sizes.tokens * shape.query_heads * head_dim, sizes.tokens * key_heads * head_dim
+    return sizes.tokens * shape.query_heads * shape.head_dim, sizes.tokens * key_heads * shape.head_dim
 
 
-def _attention_bytes(sizes: StepSizes, kept: _ForAttention, *, queries: int, keys: int, narrow_bytes: int) -> int:
+def _attention_bytes(sizes: StepSizes, kept: _Kept, *, narrow_bytes: int) -> int:
     """What the backward of one layer's attention works on."""
-    shape = sizes.attention_shape()
+    shape, arrays = sizes.attention_shape(), kept.attention
     if sizes.attention_strategy == "dense":
         scores = shape.query_heads * shape.batch * shape.tokens**2
-        return round(kept.scores.bytes(scores, narrow_bytes=narrow_bytes))
+        return round(arrays.scores.bytes(scores, narrow_bytes=narrow_bytes))
+    queries, keys = _elements(sizes)
 
-    def both(arrays: tuple[_Arrays, _Arrays]) -> float:
-        of_queries, of_keys = arrays
+    def both(each: tuple[_Arrays, _Arrays]) -> float:
+        of_queries, of_keys = each
         return of_queries.bytes(queries, narrow_bytes=narrow_bytes) + of_keys.bytes(keys, narrow_bytes=narrow_bytes)
 
     if sizes.ring_size > 1 and sizes.attention_strategy in ("ring", "hybrid"):
-        worked_on = both(kept.ring if sizes.ring_size > 2 else kept.ring_of_two)
+        worked_on = both(arrays.ring if sizes.ring_size > 2 else arrays.ring_of_two)
     else:
-        worked_on = both(kept.alone)
+        worked_on = both(arrays.alone)
+    worked_on *= math.ceil(shape.head_dim / kept.lanes) * kept.lanes / shape.head_dim
     share = _share_at_once(sizes)
-    return round(worked_on if share == 1 else both(kept.around_groups) + share * worked_on)
+    return round(worked_on if share == 1 else both(arrays.around_groups) + share * worked_on)
 
 
 def _share_at_once(sizes: StepSizes) -> float:

@@ -60,12 +60,15 @@ def test_the_planner_is_within_a_tenth_of_compiled_steps_on_both_compilers(commi
         assert abs(worst.error) < 0.1, worst
 
 
-def test_dense_attention_is_within_a_sixth(committed):
+def test_dense_attention_is_within_a_tenth_except_on_v4(committed):
     _, comparisons = committed
     dense = [each for each in comparisons if "dense" in each.name]
-    assert len({each.name.split(":")[0] for each in dense}) >= 3
-    worst = max(dense, key=lambda each: abs(each.error))
-    assert abs(worst.error) < 1 / 6, worst
+    on_v4 = [abs(each.error) for each in dense if each.name.startswith("v4:")]
+    elsewhere = [abs(each.error) for each in dense if not each.name.startswith("v4:")]
+    assert len(on_v4) >= 4
+    assert len(elsewhere) >= 8
+    assert max(on_v4) < 0.15
+    assert max(elsewhere) < 0.1
 
 
 def test_steps_that_nobody_fitted_are_foretold_too(committed):
