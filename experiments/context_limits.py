@@ -18,7 +18,7 @@ from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.planning.compile_process import CompileProcesses, compiler_versions
 from ring_rl.planning.forecast import Forecast
 from ring_rl.planning.limits import Cell, CellResult, LimitsConfig, plan_of, report_problems, search_cells
-from ring_rl.planning.limits_report import OUTPUTS, headline, table_rows, write_limits
+from ring_rl.planning.limits_report import OUTPUTS, check_writable, headline, table_rows, write_limits
 from ring_rl.planning.probe_cache import ProbeCache, open_probe_cache
 from ring_rl.planning.topology import require_libtpu
 
@@ -27,12 +27,15 @@ def limits(config: LimitsConfig) -> dict[Cell, CellResult]:
     """Searches what is not known yet, reports, and returns every cell.
 
     Raises:
-        ValueError: No cell can be compiled; the error says why the first cannot, and what would do.
+        ValueError: No cell can be compiled; the error says why the first cannot, and what would do. Or nothing can be
+            written to `output`, or `probes` is a file of something else.
         ImportError: A row is a TPU slice and libtpu is not installed.
         FileExistsError: There are results already, or another process adds to the file of probes.
     """
     if not (config.overwrite or config.dry_run):
         refuse_existing(config.output, OUTPUTS)
+    if not config.dry_run:
+        check_writable(config.output)
     plans = [plan_of(config, cell) for cell in config.cells]
     problems = report_problems(plans)
     if not (config.dry_run or config.partial) and any(not plan.machine.estimated for plan in plans):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,20 @@ from ring_rl.training.plots import write_figure
 from ring_rl.training.provenance import git_commit
 from ring_rl.training.tables import csv_table, markdown_table
 
-__all__ = ["OUTPUTS", "headline", "ratio", "table_rows", "write_limits"]
+__all__ = ["OUTPUTS", "check_writable", "headline", "ratio", "table_rows", "write_limits"]
 
 OUTPUTS = ("limits.csv", "probes.csv", "table.md", "limits.png", "summary.json")
 _RATIO = ("ring", "blockwise")
 _ESTIMATE = " (estimate)"
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError if results could not be written there: before hours of compiling, not after. Makes nothing."""
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(
+            f"nothing can be written to {folder}, because {there} is no folder to write to; choose another"
+        )
 
 
 def table_rows(config: LimitsConfig, results: Mapping[Cell, CellResult]) -> list[list[str]]:

@@ -114,6 +114,29 @@ def test_results_are_not_overwritten_unasked_and_a_partial_table_compiles_nothin
     assert "?" not in (tmp_path / "limits" / "table.md").read_text()
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_compiled(
+    options, call_script, refused, made_up, tmp_path
+):
+    (tmp_path / "taken").write_text("mine")
+    assert "choose another" in refused(call_script, "context_limits", *options, f"output={tmp_path / 'taken' / 'here'}")
+    assert made_up == []
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_probes_are_not_added_to_a_file_of_something_else(options, call_script, refused, made_up, tmp_path):
+    (tmp_path / "notes.csv").write_text("mine\n")
+    assert "no file of probes" in refused(call_script, "context_limits", *options, f"probes={tmp_path / 'notes.csv'}")
+    assert made_up == []
+    assert (tmp_path / "notes.csv").read_text() == "mine\n"
+
+
+def test_a_model_of_another_size_is_added_on_the_command_line(pytestconfig):
+    added = ["+transformer@models.mine=llama_7b", "models.mine.layers=40", "rows=[{model: mine, machine: v5e-256}]"]
+    config = config_of(pytestconfig, *added)
+    assert (config.models["mine"].layers, config.models["mine"].width) == (40, 4096)
+    assert plan_of(config, config.cells[0]).problem is None
+
+
 def test_one_may_look_on_while_another_process_compiles(options, call_script, refused, made_up, pytestconfig):
     with probe_cache.open_probe_cache(config_of(pytestconfig, *options).probes):
         call_script("context_limits", *options, "partial=true")
