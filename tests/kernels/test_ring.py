@@ -67,6 +67,23 @@ def test_a_caller_may_ask_for_some_heads_at_a_time(case, strategy, axes, layout)
     case(**shape, local=block, heads_at_once=1, alibi=True, dropout_rate=0.2).check()
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"axes": (4,), "layout": "balanced", "packed": True},
+        {"axes": (4,), "layout": "balanced", "packed": True, "strategy": "all_gather"},
+        {"axes": (2, 2), "layout": "zigzag", "packed": True, "strategy": "hybrid"},
+        {"axes": (4,), "mask": Mask(causal=True, window=5)},
+        {"axes": (), "strategy": "blockwise", "packed": True, "batch": 3},
+    ],
+    ids=["positions given", "all_gather, positions given", "hybrid", "window", "blockwise"],
+)
+def test_some_heads_at_a_time_keep_their_rows_segments_and_positions(case, shape):
+    """Each group of heads sees its own row's side inputs, in every exchange."""
+    block = XlaBlock(block_size=8)
+    case(tokens=32, heads=(8, 4), local=block, heads_at_once=1, alibi=True, dropout_rate=0.2, **shape).check()
+
+
 @pytest.mark.parametrize(("asked", "seen"), [(None, (2, 4)), (1, (1, 1)), (3, (1, 2)), (64, (1, 4))])
 def test_the_block_gets_as_many_heads_as_were_asked_for(asked, seen):
     """A divisor of them; where it is all of them, of one row nevertheless."""
