@@ -58,12 +58,13 @@ def remembered(
         CompilationFailedError: It ended otherwise.
     """
     key = key_of(request, machine)
-    known = cache.get(key)
-    if known is not None:
-        return known.memory
-    memory = processes.compile(request, machine)
-    cache.put(CachedProbe(key=key, memory=memory, commit=git_commit()))
-    return memory
+    with cache.asking(key):
+        known = cache.get(key)
+        if known is not None:
+            return known.memory
+        memory = processes.compile(request, machine)
+        cache.put(CachedProbe(key=key, memory=memory, commit=git_commit()))
+        return memory
 
 
 class CompileProcesses:

@@ -60,12 +60,21 @@ class ProbeCache:
 
     def __init__(self, path: Path):
         self._path, self._lock = path, threading.Lock()
+        self._asking: dict[str, threading.Lock] = {}
         self._probes = {_canonical(probe.key): probe for probe in read_probes(path)}
 
     def get(self, key: Mapping[str, Any]) -> CachedProbe | None:
         """The probe of that key, if it is known."""
         with self._lock:
             return self._probes.get(_canonical(key))
+
+    @contextlib.contextmanager
+    def asking(self, key: Mapping[str, Any]) -> Iterator[None]:
+        """One thread at a time asks for the same key: two cells may share steps, as GPUs of another memory do."""
+        with self._lock:
+            lock = self._asking.setdefault(_canonical(key), threading.Lock())
+        with lock:
+            yield
 
     def put(self, probe: CachedProbe) -> None:
         """Remembers a probe; when this returns it is on disk.

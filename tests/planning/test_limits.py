@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import threading
+import time
 
 import pytest
 
@@ -79,14 +80,15 @@ def config(ring_request, tmp_path):
 class MadeUpCompilers(CompileProcesses):
     """1 GB and 0.1 GB a thousand tokens; with dense attention as much a million pairs. Counts what it is asked."""
 
-    def __init__(self, compiled, failing=()):
+    def __init__(self, compiled, failing=(), slow=0.0):
         super().__init__()
-        self.asked, self._compiled, self._failing = [], compiled, failing
+        self.asked, self._compiled, self._failing, self._slow = [], compiled, failing, slow
         self._together = threading.Lock()
 
     def compile(self, request, machine):
         with self._together:
             self.asked.append((machine.name, request))
+        time.sleep(self._slow)
         if request.strategy in self._failing:
             raise CompilationFailedError("a bug")
         thousands = request.context / max(request.mesh.sp, 1) / 1024
@@ -147,6 +149,15 @@ def test_nothing_is_compiled_twice(config, searched):
     assert compilers.asked == []
     assert said.startswith("all 6 cells are known from")
     assert {cell: each.context for cell, each in again.items()} == {cell: each.context for cell, each in first.items()}
+
+
+def test_gpus_that_differ_in_memory_alone_share_what_is_compiled(config, searched):
+    machines = ("gpu:2xA100-80GB", "gpu:2xH100-80GB")
+    rows = tuple(Row(model="small", machine=machine) for machine in machines)
+    results, compilers, _, _ = searched(dataclasses.replace(config, rows=rows, columns=("ring",)), slow=0.05)
+    asked = [request for _, request in compilers.asked]
+    assert len(set(asked)) == len(asked)
+    assert len({each.context for each in results.values()}) == 1
 
 
 def test_a_search_goes_on_where_it_was_killed(config, searched):
