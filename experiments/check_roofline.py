@@ -69,7 +69,7 @@ class CheckConfig:
     transformer: TransformerConfig
     optimizer: OptimizerConfig
     vocabulary_size: int
-    published: dict[str, Published]
+    trainings: dict[str, Published]
     rates: Rates
     output: Path
     overwrite: bool
@@ -127,7 +127,7 @@ def attention_step(config: CheckConfig, case: Mapping[str, Any]) -> StepSizes:
 def published_rows(config: CheckConfig) -> list[dict[str, Any]]:
     """A record a published figure: planned utilisation with gathers that hide behind nothing, and behind products."""
     records = []
-    for name, report in config.published.items():
+    for name, report in config.trainings.items():
         transformer = dataclasses.replace(report.transformer, saved_activations=report.saved_activations)
         step = {"layout": "zigzag", "strategy": "ring", "ulysses_size": 1}
         context, batch_size = report.context, report.batch_size

@@ -93,7 +93,7 @@ def test_a_ring_of_twice_the_devices_and_tokens_needs_no_more(
 
 def test_it_goes_on_where_it_was_and_compiles_nothing_twice(call_script, made_up, arguments, capsys, refused, tmp_path):
     call_script(*arguments, "dry_run=true")
-    assert "2 of 2 machines are left: about 4 min, by expected_seconds" in capsys.readouterr().out
+    assert "2 of 2 machines are left: about 2 min, by expected_seconds" in capsys.readouterr().out
     assert not made_up.asked
     assert not (tmp_path / "table").exists()
 
