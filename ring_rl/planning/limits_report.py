@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from ring_rl.atomic_file import write_whole
 from ring_rl.config import to_mapping
+from ring_rl.planning.compile_process import key_of
 from ring_rl.planning.limits import Cell, CellResult, LimitsConfig, Row
 from ring_rl.planning.probe_cache import ProbeCache
 from ring_rl.training.plots import write_figure
@@ -94,7 +95,7 @@ def write_limits(
         "config": {**to_mapping(config), "output": _shown(config.output), "probes": _shown(config.probes)},
         "headline": headline(config, results),
         "commit": git_commit(),
-        "commits_of_probes": sorted({probe.commit or "unknown" for probe in cache.all()}),
+        "commits_of_probes": _commits(results, cache),
         "versions": dict(versions),
         "not_compiled": {str(cell): each.plan.problem for cell, each in results.items() if each.plan.problem},
         "failed": {str(cell): each.failure for cell, each in results.items() if each.failure},
@@ -162,6 +163,16 @@ def _cell_records(config: LimitsConfig, results: Mapping[Cell, CellResult]) -> l
             }
         )
     return records
+
+
+def _commits(results: Mapping[Cell, CellResult], cache: ProbeCache) -> list[str]:
+    """Of the code that asked; the cache may hold probes of other tables."""
+    probes = [
+        cache.get(key_of(each.plan.request(length), each.plan.machine))
+        for each in results.values()
+        for length in each.known
+    ]
+    return sorted({probe.commit or "unknown" for probe in probes if probe is not None})
 
 
 def _probe_records(results: Mapping[Cell, CellResult]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from ring_rl.planning.compile_process import CompilationFailedError, CompileProc
 from ring_rl.planning.forecast import Forecast, duration
 from ring_rl.planning.limits import LimitsConfig, PublishedContexts, Row, plan_of, report_problems, search_cells
 from ring_rl.planning.limits_report import headline, ratio, table_rows, write_limits
-from ring_rl.planning.probe_cache import open_probe_cache
+from ring_rl.planning.probe_cache import CachedProbe, open_probe_cache
 from small_models import small_transformer
 
 GB = 10**9
@@ -346,6 +346,8 @@ def test_the_report_says_what_was_found_beside_the_paper(config, searched):
         "cells=6/6 ring_at_least_paper=1/1 least_ring_to_blockwise_over_devices=1.00 longest_context=1572864"
     )
     with open_probe_cache(config.probes) as cache:
+        # Of another table.
+        cache.put(CachedProbe(key={"request": "another"}, memory=cache.all()[0].memory, commit="0" * 40))
         write_limits(config, results, cache, versions={"jax": "1"})
     with (config.output / "limits.csv").open() as file:
         cells = {(row["machine"], row["attention"]): row for row in csv.DictReader(file)}
@@ -363,6 +365,8 @@ def test_the_report_says_what_was_found_beside_the_paper(config, searched):
     summary = json.loads((config.output / "summary.json").read_text())
     assert summary["headline"] == headline(config, results)
     assert summary["versions"] == {"jax": "1"}
+    assert summary["commits_of_probes"]
+    assert "0" * 40 not in summary["commits_of_probes"]
     assert summary["config"]["probes"] == config.probes.name
 
 
