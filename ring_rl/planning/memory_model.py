@@ -20,6 +20,7 @@ import math
 from typing import Literal, NamedTuple
 
 from ring_rl.kernels.cost import largest_divisor
+from ring_rl.nn.transformer_config import TransformerConfig
 from ring_rl.planning.step_sizes import StepSizes
 
 __all__ = ["Compiler", "StepMemory", "saved_bytes", "step_memory"]
@@ -200,8 +201,7 @@ def step_memory(sizes: StepSizes, *, compiler: Compiler) -> StepMemory:
     stream = sizes.tokens * config.width
     copied = kept.copied_weights * layer_held
     chunk = sizes.tokens // config.feed_forward_chunks * config.feed_forward_width // sizes.mesh.tp
-    recomputed = config.saved_activations not in ("products", "all")
-    hidden = (kept.hidden if recomputed else kept.hidden_saved)[config.feed_forward]
+    hidden = (kept.hidden if _recomputes_feed_forward(config) else kept.hidden_saved)[config.feed_forward]
     logits = sizes.tokens // sizes.request.loss_chunks * (head_gathered // config.width)
     queries, keys = _elements(sizes)
     layer_backward = {
@@ -242,8 +242,9 @@ def saved_bytes(sizes: StepSizes, *, compiler: Compiler) -> int:
         attention    M + H D, and H float32
         products     2 M + 2 H D + 2 K D + m F, and H float32
         all          what backward reads: the residual stream and its norms, queries, keys and values before and after
-                     they turn, the results, all of the feed-forward; dense attention also its weights. In bfloat16 on
-                     TPUs the insides of the norms are float32, and weights of all layers are kept gathered
+                     they turn, the results, all of the feed-forward unless it runs in chunks, which compute theirs
+                     again; dense attention also its weights. In bfloat16 on TPUs the insides of the norms are float32,
+                     and weights of all layers are kept gathered
 
     m is the number of hidden products, 2 if the feed-forward is gated. The compiler for CPUs keeps bfloat16 as float32.
     """
@@ -252,23 +253,32 @@ def saved_bytes(sizes: StepSizes, *, compiler: Compiler) -> int:
     queries, keys = shape.query_heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     log_sum_exp = _FLOAT32 * shape.query_heads
     hidden = {"none": 0, "gelu": 1, "swiglu": 2}[config.feed_forward] * config.feed_forward_width // tp
-    elementwise = {"none": 0, "gelu": 3, "swiglu": 5}[config.feed_forward] * config.feed_forward_width // tp
+    whole = {"none": 0, "gelu": 3, "swiglu": 5}[config.feed_forward] * config.feed_forward_width // tp
+    elementwise = 0 if _recomputes_feed_forward(config) else whole
+    # The feed-forward's norm is computed again with it.
+    streams = 4 if _recomputes_feed_forward(config) else 10
     a_token = {
         "none": config.width * e,
         "offload": 0,
         "attention": (config.width + queries) * e + log_sum_exp,
         "products": (2 * config.width + 2 * queries + 2 * keys + hidden) * e + log_sum_exp,
-        "all": (10 * config.width + 3 * queries + 4 * keys + elementwise) * e + log_sum_exp,
+        "all": (streams * config.width + 3 * queries + 4 * keys + elementwise) * e + log_sum_exp,
     }[config.saved_activations]
     a_layer = 0
     if sizes.attention_strategy == "dense" and config.saved_activations in ("all", "products"):
         a_layer += _FLOAT32 * shape.query_heads * shape.batch * shape.tokens**2
     if e < _FLOAT32 and config.saved_activations == "all":
-        elementwise += config.feed_forward_width // tp
+        elementwise += 0 if _recomputes_feed_forward(config) else config.feed_forward_width // tp
         a_token = ((3 * config.width + 2 * queries + 2 * keys + elementwise) * e) + 6 * config.width * _FLOAT32
         a_token += log_sum_exp
         a_layer += e * sum(sizes.gathered(each) for each in sizes.parameter_groups() if each.layered)
     return config.layers * (sizes.tokens * a_token + a_layer)
+
+
+def _recomputes_feed_forward(config: TransformerConfig) -> bool:
+    """Whether backward computes the hidden units of the feed-forward again; with everything saved, if it has chunks."""
+    saved = config.saved_activations
+    return saved not in ("products", "all") or (saved == "all" and config.feed_forward_chunks > 1)
 
 
 def _kept(sizes: StepSizes, compiler: Compiler) -> _Kept:

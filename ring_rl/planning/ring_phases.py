@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ring_rl.kernels.cost import AttentionShape, Cost, traffic, window_halo
+from ring_rl.kernels.cost import AttentionShape, Cost, largest_divisor, traffic, window_halo
 from ring_rl.kernels.layout import Layout
 from ring_rl.kernels.mask import Mask
 from ring_rl.kernels.pairs import hop_pairs
@@ -97,7 +97,7 @@ def layer_rings(sizes: StepSizes) -> tuple[AttentionShape, int]:
     if wanted is None:
         at_once, rings = keys, 1
     else:
-        at_once = max(heads for heads in range(1, min(wanted, keys) + 1) if keys % heads == 0)
+        at_once = largest_divisor(keys, at_most=wanted)
         # A group of all heads of a single row is the whole.
         rings, rows = rows * (keys // at_once), 1
     shape = dataclasses.replace(shape, batch=rows, query_heads=at_once * (queries // keys), key_value_heads=at_once)

@@ -140,9 +140,9 @@ def test_the_loss_takes_over_where_it_sees_all_tokens_at_once():
     assert memory(vocabulary_size=4096, context=1024, loss_chunks=64).moment != "the loss"
 
 
-@pytest.mark.parametrize("saved", ["none", "attention"])
-def test_a_compiled_step_is_within_a_tenth(saved):
-    transformer = SAMPLE["transformer"] | {"saved_activations": saved}
+@pytest.mark.parametrize(("saved", "chunks"), [("none", 1), ("attention", 1), ("products", 4), ("all", 4)])
+def test_a_compiled_step_is_within_a_tenth(saved, chunks):
+    transformer = SAMPLE["transformer"] | {"saved_activations": saved, "feed_forward_chunks": chunks}
     request = dataclasses.replace(
         small_request(**SAMPLE | {"transformer": transformer}), mesh=MeshConfig(dp=1, fsdp=1, tp=1, sp=2)
     )
