@@ -31,7 +31,7 @@ from ring_rl.planning.plan_report import (
     mesh_rows,
 )
 from ring_rl.planning.rates import Cluster, Rates
-from ring_rl.planning.ring_phases import ring_phases, travels
+from ring_rl.planning.ring_phases import ring_phases
 from ring_rl.planning.ring_timeline import Timeline, draw_timelines, simulate_ring
 from ring_rl.planning.roofline import days_for
 from ring_rl.planning.step_sizes import StepSizes
@@ -285,7 +285,7 @@ def _instead(config: PlanConfig, name: str) -> str:
 
 def ring_timelines(config: PlanConfig, best: Suggestion, cluster: Cluster) -> dict[str, Timeline]:
     """One ring of a layer as planned, and with the slow devices and links; nothing where there is no ring."""
-    if not travels(best.sizes):
+    if not best.sizes.keys_travel:
         return {}
     ring = best.sizes.ring_size
     devices = _speeds(config.timeline.slow_devices, ring)

@@ -19,8 +19,6 @@ import dataclasses
 import math
 from typing import Literal, NamedTuple
 
-from ring_rl.kernels.cost import largest_divisor
-from ring_rl.nn.transformer_config import TransformerConfig
 from ring_rl.planning.step_sizes import StepSizes
 
 __all__ = ["Compiler", "StepMemory", "saved_bytes", "step_memory"]
@@ -201,7 +199,7 @@ def step_memory(sizes: StepSizes, *, compiler: Compiler) -> StepMemory:
     stream = sizes.tokens * config.width
     copied = kept.copied_weights * layer_held
     chunk = sizes.tokens // config.feed_forward_chunks * config.feed_forward_width // sizes.mesh.tp
-    hidden = (kept.hidden if _recomputes_feed_forward(config) else kept.hidden_saved)[config.feed_forward]
+    hidden = (kept.hidden if sizes.recomputes_feed_forward else kept.hidden_saved)[config.feed_forward]
     logits = sizes.tokens // sizes.request.loss_chunks * (head_gathered // config.width)
     queries, keys = _elements(sizes)
     layer_backward = {
@@ -254,9 +252,8 @@ def saved_bytes(sizes: StepSizes, *, compiler: Compiler) -> int:
     log_sum_exp = _FLOAT32 * shape.query_heads
     hidden = {"none": 0, "gelu": 1, "swiglu": 2}[config.feed_forward] * config.feed_forward_width // tp
     whole = {"none": 0, "gelu": 3, "swiglu": 5}[config.feed_forward] * config.feed_forward_width // tp
-    elementwise = 0 if _recomputes_feed_forward(config) else whole
     # The feed-forward's norm is computed again with it.
-    streams = 4 if _recomputes_feed_forward(config) else 10
+    elementwise, streams = (0, 4) if sizes.recomputes_feed_forward else (whole, 10)
     a_token = {
         "none": config.width * e,
         "offload": 0,
@@ -268,17 +265,11 @@ def saved_bytes(sizes: StepSizes, *, compiler: Compiler) -> int:
     if sizes.attention_strategy == "dense" and config.saved_activations in ("all", "products"):
         a_layer += _FLOAT32 * shape.query_heads * shape.batch * shape.tokens**2
     if e < _FLOAT32 and config.saved_activations == "all":
-        elementwise += 0 if _recomputes_feed_forward(config) else config.feed_forward_width // tp
+        elementwise += 0 if sizes.recomputes_feed_forward else config.feed_forward_width // tp
         a_token = ((3 * config.width + 2 * queries + 2 * keys + elementwise) * e) + 6 * config.width * _FLOAT32
         a_token += log_sum_exp
         a_layer += e * sum(sizes.gathered(each) for each in sizes.parameter_groups() if each.layered)
     return config.layers * (sizes.tokens * a_token + a_layer)
-
-
-def _recomputes_feed_forward(config: TransformerConfig) -> bool:
-    """Whether backward computes the hidden units of the feed-forward again; with everything saved, if it has chunks."""
-    saved = config.saved_activations
-    return saved not in ("products", "all") or (saved == "all" and config.feed_forward_chunks > 1)
 
 
 def _kept(sizes: StepSizes, compiler: Compiler) -> _Kept:
@@ -310,7 +301,7 @@ def _attention_bytes(sizes: StepSizes, kept: _Kept, *, narrow_bytes: int) -> int
         of_queries, of_keys = each
         return of_queries.bytes(queries, narrow_bytes=narrow_bytes) + of_keys.bytes(keys, narrow_bytes=narrow_bytes)
 
-    if sizes.ring_size > 1 and sizes.attention_strategy in ("ring", "hybrid"):
+    if sizes.keys_travel:
         worked_on = both(arrays.ring if sizes.ring_size > 2 else arrays.ring_of_two)
     else:
         worked_on = both(arrays.alone)
@@ -321,10 +312,6 @@ def _attention_bytes(sizes: StepSizes, kept: _Kept, *, narrow_bytes: int) -> int
 
 def _share_at_once(sizes: StepSizes) -> float:
     """Which part of its keys' heads, over all rows, a device works on at a time."""
-    wanted = sizes.request.heads_at_once
-    if wanted is None:
+    if sizes.request.heads_at_once is None:
         return 1
-    heads = sizes.attention_shape().key_value_heads
-    if sizes.exchange_size > 1:
-        heads = max(heads, sizes.exchange_size) // sizes.exchange_size
-    return largest_divisor(heads, at_most=wanted) / heads / sizes.rows
+    return sizes.key_heads_together / sizes.key_heads / sizes.rows

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ring_rl.kernels.cost import AttentionShape, Cost, largest_divisor, traffic, window_halo
+from ring_rl.kernels.cost import AttentionShape, Cost, traffic, window_halo
 from ring_rl.kernels.layout import Layout
 from ring_rl.kernels.mask import Mask
 from ring_rl.kernels.pairs import hop_pairs
@@ -38,7 +38,6 @@ __all__ = [
     "phase_pairs",
     "ring_bytes",
     "ring_phases",
-    "travels",
 ]
 
 _FLOAT32_BYTES = 4
@@ -77,27 +76,18 @@ class RingPhases:
         return float(transfers_P[p]), float(blocks_P[p])
 
 
-def travels(sizes: StepSizes) -> bool:
-    """Whether keys go from device to device while others are worked on."""
-    return sizes.attention_strategy in ("ring", "hybrid") and sizes.ring_size > 1
-
-
 def layer_rings(sizes: StepSizes) -> tuple[AttentionShape, int]:
     """What one ring attends to, and how many a layer runs one after another; heads are those of a device.
 
     Raises:
         ValueError: There is no ring.
     """
-    if not travels(sizes):
+    if not sizes.keys_travel:
         raise ValueError(f"strategy={sizes.request.strategy!r} with sp={sizes.mesh.sp} has no ring")
     shape, exchange = sizes.attention_shape(), sizes.exchange_size
     queries = shape.query_heads // exchange
-    keys = max(shape.key_value_heads, exchange) // exchange
-    wanted, rows = sizes.request.heads_at_once, shape.batch
-    if wanted is None:
-        at_once, rings = keys, 1
-    else:
-        at_once = largest_divisor(keys, at_most=wanted)
+    keys, at_once, rings, rows = sizes.key_heads, sizes.key_heads_together, 1, shape.batch
+    if sizes.request.heads_at_once is not None:
         # A group of all heads of a single row is the whole.
         rings, rows = rows * (keys // at_once), 1
     shape = dataclasses.replace(shape, batch=rows, query_heads=at_once * (queries // keys), key_value_heads=at_once)

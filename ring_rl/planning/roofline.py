@@ -27,7 +27,7 @@ from ring_rl.kernels.cost import Cost, attention_flops, traffic
 from ring_rl.kernels.mask import FULL
 from ring_rl.kernels.pairs import hop_pairs, visible_pairs
 from ring_rl.planning.rates import Cluster, Group, Rates
-from ring_rl.planning.ring_phases import RingPhases, busiest_pairs, busiest_phases, layer_rings, ring_bytes, travels
+from ring_rl.planning.ring_phases import RingPhases, busiest_pairs, busiest_phases, layer_rings, ring_bytes
 from ring_rl.planning.step_sizes import StepSizes
 from ring_rl.training.flops import model_flops_per_step
 
@@ -118,7 +118,7 @@ def roofline(sizes: StepSizes, *, cluster: Cluster, rates: Rates) -> Roofline:
     products_seconds = products / (compute * rates.products_share)
     attended = repeats * _busiest_share(sizes) * layer_attention_flops(sizes).total
     forward, backward, rings, waiting = None, None, 0, 0.0
-    if travels(sizes):
+    if sizes.keys_travel:
         rings = layer_rings(sizes)[1]
         forward, backward = (
             busiest_phases(sizes, cluster=cluster, rates=rates, backward=backward) for backward in (False, True)
@@ -165,7 +165,7 @@ def roofline(sizes: StepSizes, *, cluster: Cluster, rates: Rates) -> Roofline:
             head_dim=config.head_dim,
             visible_pairs=sizes.microbatches * pairs,
         ),
-        hop_bytes=ring_bytes(sizes) if travels(sizes) else None,
+        hop_bytes=ring_bytes(sizes) if sizes.keys_travel else None,
         forward=forward,
         backward=backward,
         rings=rings,
@@ -198,7 +198,7 @@ def product_flops(sizes: StepSizes) -> float:
     if saved not in ("all", "products"):
         out = heads * config.query_heads / (2 * (config.query_heads + config.key_value_heads))
         again += heads - (out if config.feed_forward == "none" else 0)
-    if saved not in ("all", "products") or (saved == "all" and config.feed_forward_chunks > 1):
+    if sizes.recomputes_feed_forward:
         again += feed_forward * {"none": 0.0, "gelu": 1 / 2, "swiglu": 2 / 3}[config.feed_forward]
     layer = 3 * (heads + feed_forward) + again
     return 2 * sizes.tokens * (config.layers * layer + 3 * sizes.gathered(head))
@@ -229,7 +229,7 @@ def _busiest_share(sizes: StepSizes) -> float:
     """What the busiest device computes of a sequence's attention; phases of a ring end for all devices together."""
     if sizes.mesh.sp == 1 or sizes.ring_size == 1 or sizes.attention_strategy == "ulysses":
         return 1 / sizes.mesh.sp
-    if travels(sizes):
+    if sizes.keys_travel:
         pairs = sum(busiest_pairs(sizes))
     else:
         ring = {"layout": sizes.request.layout, "ring_size": sizes.ring_size}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from ring_rl.kernels.cost import AttentionShape
+from ring_rl.kernels.cost import AttentionShape, largest_divisor
 from ring_rl.kernels.cost import Strategy as AttentionStrategy
 from ring_rl.kernels.feedforward import check_chunks
 from ring_rl.kernels.layout import check_length
@@ -130,6 +130,28 @@ class StepSizes:
     def ring_size(self) -> int:
         """Devices, or groups of them, that the layout deals a sequence out to."""
         return self.mesh.sp // self.request.ulysses_size
+
+    @property
+    def key_heads_together(self) -> int:
+        """Of `key_heads`, those of one sequence that are worked on at a time."""
+        heads, asked = self.key_heads, self.request.heads_at_once
+        return heads if asked is None else largest_divisor(heads, at_most=asked)
+
+    @property
+    def key_heads(self) -> int:
+        """Key-value heads that a device attends to, once tokens and heads have changed places."""
+        return max(self.attention_shape().key_value_heads, self.exchange_size) // self.exchange_size
+
+    @property
+    def keys_travel(self) -> bool:
+        """Whether keys go from device to device while others are worked on."""
+        return self.attention_strategy in ("ring", "hybrid") and self.ring_size > 1
+
+    @property
+    def recomputes_feed_forward(self) -> bool:
+        """Whether backward computes hidden units of the feed-forward again; with everything saved, if it has chunks."""
+        saved = self.transformer.saved_activations
+        return saved not in ("products", "all") or (saved == "all" and self.transformer.feed_forward_chunks > 1)
 
     @property
     def weight_shards(self) -> int:

@@ -15,7 +15,6 @@ from ring_rl.planning.ring_phases import (
     phase_pairs,
     ring_bytes,
     ring_phases,
-    travels,
 )
 from ring_rl.planning.ring_timeline import simulate_ring
 from ring_rl.planning.step_sizes import StepSizes
@@ -153,6 +152,6 @@ def test_speeds_must_be_one_positive_number_a_device(speeds):
 
 
 def test_without_a_ring_there_are_no_phases():
-    assert not travels(ring_sizes(ring=1))
+    assert not ring_sizes(ring=1).keys_travel
     with pytest.raises(ValueError, match="has no ring"):
         ring_phases(ring_sizes(ring=1), cluster=CLUSTER, rates=PEAK, backward=False)
