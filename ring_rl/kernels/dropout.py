@@ -84,7 +84,12 @@ def kept(row_bits: UInt32[Array, "..."], key_positions: Int[Array, "..."], rate:
     """
     key_bits = _hash(key_positions.astype(jnp.uint32) + _KEY_OFFSET)
     bits = _hash_high(row_bits ^ key_bits)
-    return bits >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return bits >= drop_threshold(rate)
+
+
+def drop_threshold(rate: float) -> np.uint32:
+    """Weights whose bits are below it become zero."""
+    return np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def _hash_high(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -188,7 +188,8 @@ def _block(request: StepRequest, platform: str) -> LocalName | LocalBlock:
     if platform != "tpu":
         if name == "pallas_tpu":
             raise ValueError("attention_block=pallas_tpu compiles for TPUs only; use auto or xla for CPU devices")
-        return name
+        # CPU devices stand for GPUs here; what a CPU's own block keeps in its caches says nothing about those.
+        return "xla"
     return XlaBlock(block_size=size) if name == "xla" else PallasTpuBlock(block_size=size, cross_compile=True)
 
 

@@ -196,7 +196,8 @@ def local_block(name: AttentionBlock, *, platform: str, block_size: int) -> Loca
         return PallasTpuBlock(block_size=block_size, cross_compile=True)
     if name == "pallas_tpu":
         raise ValueError("attention_block=pallas_tpu compiles for TPUs only; use auto or xla for CPU devices")
-    return XlaBlock(block_size=block_size) if platform == "tpu" else name
+    # CPU devices stand for GPUs here, and so do XLA's tiles.
+    return XlaBlock(block_size=block_size) if platform == "tpu" else "xla"
 
 
 def _layer(

@@ -199,23 +199,23 @@ def demand(*, devices) -> Demand:
     )
 
 
-def test_auto_says_which_block_runs(caplog):
+def test_auto_says_which_block_runs_and_why_no_better_one(caplog):
     with caplog.at_level("INFO", logger="ring_rl"):
-        block = select_block("auto", demand(devices=1), block_size=8)
+        block = select_block("auto", dataclasses.replace(demand(devices=1), dtype="float16"), block_size=8)
     assert isinstance(block, XlaBlock)
     assert block.block_size == 8
-    assert "local attention block: xla" in caplog.text
+    assert "local attention block: xla; not native_cpu: it computes in float32 or bfloat16" in caplog.text
 
 
 def test_a_ring_on_a_cpu_goes_a_few_heads_at_a_time():
     """Tiles of a few heads stay in a core's cache, and skipping by position costs nothing."""
-    block = select_block("auto", demand(devices=4), block_size=8)
+    block = select_block("xla", demand(devices=4), block_size=8)
     assert block.heads_at_once is not None
     assert block.prefers_positions
 
 
 def test_a_ring_of_single_tiles_on_a_cpu_sends_all_heads_together():
-    block = select_block("auto", demand(devices=4), block_size=demand(devices=4).length)
+    block = select_block("xla", demand(devices=4), block_size=demand(devices=4).length)
     assert block.heads_at_once is None
     assert not block.prefers_positions
 
@@ -224,8 +224,8 @@ def test_a_ring_of_single_tiles_on_a_cpu_sends_all_heads_together():
     "cut", [{"segments": True}, {"relations": (Relation(Mask(causal=True, window=8)),)}], ids=["segments", "window"]
 )
 def test_a_ring_on_a_cpu_takes_smaller_tiles_where_something_ends_inside_them(cut):
-    whole = select_block("auto", demand(devices=4), block_size=None)
+    whole = select_block("xla", demand(devices=4), block_size=None)
     assert isinstance(whole, XlaBlock)
-    ragged = select_block("auto", dataclasses.replace(demand(devices=4), **cut), block_size=None)
+    ragged = select_block("xla", dataclasses.replace(demand(devices=4), **cut), block_size=None)
     assert isinstance(ragged, XlaBlock)
     assert ragged.block_size < whole.block_size

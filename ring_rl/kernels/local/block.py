@@ -13,8 +13,8 @@ from ring_rl.kernels.mask import CAUSAL, FULL, Mask
 from ring_rl.kernels.tokens import Cotangents, Keys, Queries
 from ring_rl.typing import Array, Float32
 
-LocalName = Literal["auto", "xla", "cudnn", "pallas_tpu"]
-LOCAL_NAMES: tuple[LocalName, ...] = ("auto", "xla", "cudnn", "pallas_tpu")
+LocalName = Literal["auto", "xla", "native_cpu", "cudnn", "pallas_tpu"]
+LOCAL_NAMES: tuple[LocalName, ...] = ("auto", "xla", "native_cpu", "cudnn", "pallas_tpu")
 
 
 @dataclasses.dataclass(frozen=True)

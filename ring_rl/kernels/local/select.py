@@ -7,6 +7,7 @@ import jax
 
 from ring_rl.kernels.local.block import LOCAL_NAMES, Demand, LocalBlock, LocalName
 from ring_rl.kernels.local.cudnn import CudnnBlock
+from ring_rl.kernels.local.native_cpu import NativeCpuBlock, cores_here
 from ring_rl.kernels.local.pallas_tpu import PallasTpuBlock
 from ring_rl.kernels.local.xla import XlaBlock
 
@@ -22,7 +23,11 @@ RING_BLOCK_SIZE_ON_CPU = 256
 CUT_RING_BLOCK_SIZE_ON_CPU = 128
 
 # The first that does not refuse runs. XLA serves every demand on every platform.
-_PREFERRED: dict[str, tuple[LocalName, ...]] = {"gpu": ("cudnn", "xla"), "tpu": ("pallas_tpu", "xla")}
+_PREFERRED: dict[str, tuple[LocalName, ...]] = {
+    "cpu": ("native_cpu", "xla"),
+    "gpu": ("cudnn", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
+}
 
 
 def block_named(name: LocalName, demand: Demand, *, block_size: int | None) -> LocalBlock:
@@ -35,6 +40,8 @@ def block_named(name: LocalName, demand: Demand, *, block_size: int | None) -> L
         if jax.default_backend() == "cpu":
             return _xla_on_cpu(demand, block_size)
         return XlaBlock(block_size=block_size or BLOCK_SIZE)
+    if name == "native_cpu":
+        return NativeCpuBlock(cores=max(1, cores_here() // demand.devices))
     if name == "cudnn":
         return CudnnBlock(log_sum_exp_gradient=demand.log_sum_exp_gradient)
     if name == "pallas_tpu":
