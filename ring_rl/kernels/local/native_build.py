@@ -12,10 +12,10 @@ import os
 import shutil
 import subprocess
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import jax
-import jaxlib
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def build() -> Path:
     """
     compiler = _compiler()
     target, macros = _target(compiler)
-    parts = [*_FLAGS, target, macros, jaxlib.__version__, _run([compiler, "--version"])]
+    parts = [*_FLAGS, target, macros, metadata.version("jaxlib"), _run([compiler, "--version"])]
     parts += [path.read_text() for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = cache_folder() / f"attention-{key}.so"
