@@ -102,7 +102,7 @@ class NativeCpuBlock:
 
 
 def shares_of_keys(*, pieces: int, keys: int, cores: int) -> int:
-    """How many shares backward cuts the keys of each of `pieces` rows and heads into: the fewest that busy all cores."""
+    """How many shares backward cuts the keys of each of `pieces` heads into: the fewest that keep all cores busy."""
     most = max(1, min(cores, math.ceil(keys / _KEYS_A_PIECE)))
     for shares in range(1, most):
         rounds = math.ceil(pieces * shares / cores)
