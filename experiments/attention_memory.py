@@ -24,6 +24,7 @@ from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.kernels.hardware import HARDWARE
 from ring_rl.kernels.layout import Layout
+from ring_rl.kernels.local.block import LocalName
 from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
 from ring_rl.nn.saved_activations import SavedActivations
 from ring_rl.training.dry_run import DryRun, dry_run
@@ -62,6 +63,7 @@ class AttentionMemoryConfig:
     episode_steps: int
     devices: int
     layout: Layout
+    local_block: LocalName
     observation_dim: int
     action_dim: int
     variants: dict[str, Variant]
@@ -109,6 +111,7 @@ def compiled(config: AttentionMemoryConfig, variant: Variant, trajectories: int)
         layout=config.layout,
         strategy=variant.strategy,
         weight_axes=("fsdp", "sp") if over else ("fsdp",),
+        local_block=config.local_block,
     )
     transformer = dataclasses.replace(
         config.agent.transformer,

@@ -17,6 +17,7 @@ from ring_rl.atomic_file import atomic_file, refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.kernels.layout import Layout
+from ring_rl.kernels.local.block import LocalName
 from ring_rl.lm.evaluation.perplexity import token_losses
 from ring_rl.lm.loss import make_language_loss
 from ring_rl.lm.model import LanguageModel, LanguageModelConfig
@@ -41,6 +42,7 @@ class MemoryConfig:
     tokens_a_device: int
     ring_sizes: tuple[int, ...]
     layout: Layout
+    local_block: LocalName
     alone: bool
     vocabulary_size: int
     tied_embedding: bool
@@ -79,7 +81,7 @@ class Row:
 def compiled_memory(config: MemoryConfig, *, devices: int, tokens: int) -> Row:
     """Compiles both programs for one row of `tokens` tokens over `devices` devices."""
     mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=devices))
-    parallel = SequenceParallel(mesh=mesh, layout=config.layout)
+    parallel = SequenceParallel(mesh=mesh, layout=config.layout, local_block=config.local_block)
     config.transformer.check(parallel, batch=1, length=tokens)
     model = LanguageModelConfig(
         name="language",

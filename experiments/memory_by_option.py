@@ -20,6 +20,7 @@ from ring_rl.atomic_file import atomic_file, refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.kernels.layout import Layout
+from ring_rl.kernels.local.block import LocalName
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.nn.saved_activations import SavedActivations
 from ring_rl.nn.transformer import Transformer, TransformerConfig
@@ -61,6 +62,7 @@ class MemoryByOptionConfig:
     tokens: int
     devices: int
     layout: Layout
+    local_block: LocalName
     vocabulary: int
     transformer: TransformerConfig
     optimizer: OptimizerConfig
@@ -106,7 +108,9 @@ def needed(config: MemoryByOptionConfig, options: Options, tokens: int) -> int:
     """Bytes that a device needs for a step over one sequence of `tokens`."""
     mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=config.devices))
     weight_axes = ("fsdp", "sp") if options.weights_over_ring else ("fsdp",)
-    parallel = SequenceParallel(mesh=mesh, layout=config.layout, weight_axes=weight_axes)
+    parallel = SequenceParallel(
+        mesh=mesh, layout=config.layout, weight_axes=weight_axes, local_block=config.local_block
+    )
     transformer = dataclasses.replace(
         config.transformer,
         saved_activations=options.saved_activations,

@@ -20,6 +20,7 @@ from ring_rl.atomic_file import atomic_file, refuse_existing, write_whole
 from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.kernels.layout import Layout
+from ring_rl.kernels.local.block import LocalName
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.training.mesh import MeshConfig, batch_sharding, make_mesh, request_virtual_devices, with_shardings
 from ring_rl.training.optimizer import OptimizerConfig, make_optimizer
@@ -38,6 +39,7 @@ class MemoryConfig:
     steps: int
     ring_sizes: tuple[int, ...]
     layout: Layout
+    local_block: LocalName
     observation_dim: int
     action_dim: int
     output: Path
@@ -53,7 +55,7 @@ class MemoryConfig:
 def compiled_memory(config: MemoryConfig, ring_size: int) -> dict[str, int]:
     """The report of the training step over `ring_size` devices, and the tokens it reads."""
     mesh = make_mesh(MeshConfig(dp=1, fsdp=1, tp=1, sp=ring_size))
-    parallel = SequenceParallel(mesh=mesh, layout=config.layout)
+    parallel = SequenceParallel(mesh=mesh, layout=config.layout, local_block=config.local_block)
     agent = config.agent
     model = sequence_model_config(
         agent,
