@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ring_rl.kernels import Mask, reference_attention
+from ring_rl.kernels.local.native_build import NativeBuildError, register
 from ring_rl.kernels.mask import visible
 
 REPOSITORY = Path(__file__).parents[2]
@@ -125,17 +126,26 @@ def ratios_of(line):
     return {name: float(value) for name, value in (pair.split("=") for pair in line.split())}
 
 
+def what_auto_is_here():
+    try:
+        register()
+    except NativeBuildError:
+        return "xla"
+    return "native_cpu"
+
+
 def test_a_small_benchmark_measures_checks_and_reports(bench, monkeypatch, capsys, tmp_path, refused):
     _, run = bench
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torch" else find_spec(name, *a))
-    overrides = ["cases=[ring2_zigzag,jax_xla_short,torch]", "rounds=2", "definitions.ring2_zigzag.mask=packed"]
+    cases = "cases=[ring2_zigzag,single_short_xla,jax_xla_short,torch]"
+    overrides = [cases, "rounds=2", "definitions.ring2_zigzag.mask=packed"]
     results = run(*overrides)
 
-    ours, jax_nn, torch = results["cases"]
-    assert ours["local"] == "xla"
+    ours, in_xla, jax_nn, torch = results["cases"]
+    assert (ours["local"], in_xla["local"]) == (what_auto_is_here(), "xla")
     assert ours["temporary_bytes"] > 0
-    for case in (ours, jax_nn):
+    for case in (ours, in_xla, jax_nn):
         assert len(case["forward_seconds"]) == len(case["forward_backward_seconds"]) == 2
         assert min(case["forward_backward_seconds"]) > 0
         assert max(case["errors"].values()) < 1e-5
