@@ -75,14 +75,16 @@ class CheckConfig:
     overwrite: bool
 
 
-def attention_rows(config: CheckConfig, cases: list[Mapping[str, Any]]) -> tuple[float, list[dict[str, Any]]]:
-    """(the one rate, a record a case): seconds as counted at that rate beside seconds as measured.
+def attention_rows(
+    config: CheckConfig, cases: list[Mapping[str, Any]]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """(the one rate of each local block, a record a case): seconds as counted at that rate beside seconds as measured.
 
-    The rate is that of the least largest error over causal cases of `fitted_tokens`; a virtual ring has no other
-    devices than the one, so that all their operations count.
+    A rate is that of the least largest error over the block's causal cases of `fitted_tokens`; a virtual ring has no
+    other devices than the one, so that all their operations count.
 
     Raises:
-        ValueError: No case is fitted.
+        ValueError: A block has no case to fit its rate to.
     """
     ours = [case for case in cases if case["implementation"] == "ring_rl" and case["document_lengths"] is None]
     records = []
@@ -90,15 +92,24 @@ def attention_rows(config: CheckConfig, cases: list[Mapping[str, Any]]) -> tuple
         flops = layer_attention_flops(attention_step(config, case)).total
         seconds = statistics.median(case["forward_backward_seconds"])
         fitted = case["mask"] == "causal" and case["tokens"] == config.fitted_tokens
-        records.append({"case": case["name"], "fitted": fitted, "flops": flops, "measured_seconds": seconds})
-    reached = [record["flops"] / record["measured_seconds"] for record in records if record["fitted"]]
-    if not reached:
-        raise ValueError(f"{config.timings} has no causal case of {config.fitted_tokens} tokens; set fitted_tokens")
-    rate = (min(reached) + max(reached)) / 2
+        record = {"case": case["name"], "local_block": case["local"], "fitted": fitted}
+        records.append({**record, "flops": flops, "measured_seconds": seconds})
+    rates = {block: _rate(config, block, records) for block in dict.fromkeys(row["local_block"] for row in records)}
     for record in records:
-        record["counted_seconds"] = record["flops"] / rate
+        record["counted_seconds"] = record["flops"] / rates[record["local_block"]]
         record["error"] = record["counted_seconds"] / record["measured_seconds"] - 1
-    return rate, records
+    return rates, records
+
+
+def _rate(config: CheckConfig, block: str, records: list[dict[str, Any]]) -> float:
+    fitted = (record for record in records if record["fitted"] and record["local_block"] == block)
+    reached = [record["flops"] / record["measured_seconds"] for record in fitted]
+    if not reached:
+        raise ValueError(
+            f"{config.timings} has no causal case of {config.fitted_tokens} tokens with the local block {block}; "
+            "set fitted_tokens, or measure one"
+        )
+    return (min(reached) + max(reached)) / 2
 
 
 def attention_step(config: CheckConfig, case: Mapping[str, Any]) -> StepSizes:
@@ -178,12 +189,13 @@ def _request(config: CheckConfig, transformer: TransformerConfig, mesh: MeshConf
 def as_text(attention: list[dict[str, Any]], published: list[dict[str, Any]]) -> dict[str, list[list[str]]]:
     """Both tables as a header and lines."""
     tables = {
-        "attention": [["case", "measured s", "counted s", "error", "gives the rate"]],
+        "attention": [["case", "local block", "measured s", "counted s", "error", "gives the rate"]],
         "published": [["training", "published MFU", "planned", "with gathers hidden", "source"]],
     }
     for row in attention:
         seconds = (f"{row[f'{kind}_seconds']:.3g}" for kind in ("measured", "counted"))
-        tables["attention"].append([row["case"], *seconds, f"{row['error']:+.0%}", "yes" if row["fitted"] else ""])
+        names = (row["case"], row["local_block"])
+        tables["attention"].append([*names, *seconds, f"{row['error']:+.0%}", "yes" if row["fitted"] else ""])
     for row in published:
         low, high = (f"{row[f'published_{end}']:.0%}" for end in ("low", "high"))
         planned = (f"{row[name]:.0%}" for name in ("planned", "planned_gathers_hidden"))
@@ -200,7 +212,7 @@ def check(config: CheckConfig) -> str:
     if not config.timings.is_file():
         raise ValueError(f"no timings at {config.timings}; experiments/bench_kernels.py writes results.json")
     measured = json.loads(config.timings.read_text())
-    rate, attention = attention_rows(config, measured["cases"])
+    rates, attention = attention_rows(config, measured["cases"])
     published = published_rows(config)
     config.output.mkdir(parents=True, exist_ok=True)
     texts = as_text(attention, published)
@@ -213,7 +225,7 @@ def check(config: CheckConfig) -> str:
         Console(width=max(140, Console().width)).print(table)
     worst = max(abs(record["error"]) for record in attention if record["fitted"])
     summary = {
-        "flops_per_second": rate,
+        "flops_per_second": rates,
         "largest_error": worst,
         "timings_commit": measured["commit"],
         "timings_device": measured["device"],
@@ -221,7 +233,8 @@ def check(config: CheckConfig) -> str:
         "commit": git_commit(),
     }
     write_whole(config.output / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return f"gflops_per_second={rate / 1e9:.1f} largest_error={worst:.3f} published={len(published)}"
+    reached = " ".join(f"gflops_per_second_{block}={rate / 1e9:.1f}" for block, rate in rates.items())
+    return f"{reached} largest_error={worst:.3f} published={len(published)}"
 
 
 @hydra.main(config_path="../conf", config_name="check_roofline", version_base="1.3")
