@@ -22,6 +22,7 @@ from ring_rl.config import exit_on_bad_input, from_mapping, to_mapping
 from ring_rl.hydra_config import resolve, run_entry_point
 from ring_rl.kernels import CAUSAL, Layout, attention, inverse_permutation, permutation, reference_attention
 from ring_rl.kernels.layout import check_length
+from ring_rl.kernels.local.block import LocalName
 from ring_rl.training.provenance import device_description, git_commit, versions
 from ring_rl.typing import Array, Float
 
@@ -41,6 +42,7 @@ class ErrorConfig:
     tokens: int
     heads: int
     head_dim: int
+    local_block: LocalName
     block_size: int | None
     output: Path
     overwrite: bool
@@ -100,7 +102,13 @@ def on_virtual_ring(config: ErrorConfig, *, ring_size: int, layout: Layout) -> C
 
     def one_device(q, k, v, d_out):
         call = partial(
-            attention, mask=CAUSAL, axis_name="ring", layout=layout, strategy="ring", block_size=config.block_size
+            attention,
+            mask=CAUSAL,
+            axis_name="ring",
+            layout=layout,
+            strategy="ring",
+            local=config.local_block,
+            block_size=config.block_size,
         )
         (out, log_sum_exp), pull_back = jax.vjp(lambda q, k, v: tuple(call(q, k, v)), q, k, v)
         return out, log_sum_exp, *pull_back((d_out, jnp.zeros_like(log_sum_exp)))

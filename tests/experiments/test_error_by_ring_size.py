@@ -46,6 +46,12 @@ def test_a_small_curve(module, configured, tmp_path, capsys, refused):
     assert "holds errors.csv" in refused(module.main.__wrapped__, configured())
 
 
+def test_the_block_that_is_named_computes(module, configured, tmp_path, refused):
+    complaint = refused(module.main.__wrapped__, configured("local_block=pallas_tpu"))
+    assert "local attention block 'pallas_tpu' cannot serve" in complaint
+    assert not (tmp_path / "errors").exists()
+
+
 def test_an_error_that_grows_with_the_ring_is_seen(module, configured):
     config = module.from_mapping(module.ErrorConfig, module.resolve(configured("seeds=2")))
     rows = [
