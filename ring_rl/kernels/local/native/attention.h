@@ -13,9 +13,13 @@
 
 namespace ring_rl {
 
-// Of a logit that is hidden, and the least maximum of a row: exp(hidden - maximum) = 0 even where a row has seen nothing
-// yet, and nothing is ever inf - inf.
+// Of a logit that is hidden, and the least maximum of a row: exp(hidden - maximum) = 0 even where a row has seen
+// nothing yet, and nothing is ever inf - inf.
 constexpr float kHidden = std::numeric_limits<float>::lowest(), kLeastMaximum = kHidden / 2;
+
+// Tiles whose products are summed one after the other, in cache, before that sum joins the others of its row: rounding
+// errors grow with the larger of both counts, and not with the number of tokens.
+constexpr int kTilesASum = 64;
 
 // Memory of one thread, kept for its next piece of work.
 inline float* scratch(size_t floats) {
@@ -72,12 +76,13 @@ struct Forward {
     const int width = r.width(), D = static_cast<int>(r.D);
 
     float* memory = scratch(static_cast<size_t>(kTile) *
-                            (2 * kPacked * width + D + width + kTile + kPacked * (1 + kLanes)));
+                            (2 * kPacked * width + D + width + kTile + kPacked * (3 + kLanes)));
     auto take = [&memory](size_t floats) { return std::exchange(memory, memory + floats); };
     float *q = take(kPacked * kTile * width), *sums = take(kPacked * kTile * width);
     float *kT = take(kTile * D), *v = take(kTile * width), *scores = take(kTile * kTile);
     // A row's denominator is kept lane by lane and summed at the end.
     float *denominators = take(kPacked * kTile * kLanes), *maxima = take(kPacked * kTile);
+    float *all_denominators = take(kPacked * kTile), *all_maxima = take(kPacked * kTile);
 
     Stretch queries[kPacked], keys;
     const int32_t* query_positions = r.query_positions + row / r.rows_a_query_position * r.T;
@@ -95,8 +100,40 @@ struct Forward {
     std::fill(denominators, denominators + tiles * kTile * kLanes, 0.0f);
     std::fill(maxima, maxima + tiles * kTile, kLeastMaximum);
 
+    // The sums so far join those of all keys before, which are kept in `out`; at the end that is divided.
+    bool alone = true, empty = true;
+    const auto settle = [&](bool at_the_end) {
+      for (int i = 0; i < tiles; ++i) {
+        for (int t = 0; t < queries[i].count; ++t) {
+          const int at = i * kTile + t;
+          const float earlier = alone ? 0 : std::exp(all_maxima[at] - maxima[at]);
+          float denominator = sum_of(load(denominators + at * kLanes));
+          if (!alone) denominator += earlier * all_denominators[at];
+          // NaN is not 0: what is broken stays visible.
+          const bool blind = at_the_end && denominator == 0;
+          const float factor = at_the_end ? r.kept_scale / denominator : 1;
+          float* to = out + (row_head * r.T + start + at) * r.D;
+          for (int d = 0; d < D; ++d) {
+            const float sum = alone ? sums[at * width + d] : earlier * to[d] + sums[at * width + d];
+            to[d] = blind ? 0 : factor * sum;
+          }
+          all_denominators[at] = denominator, all_maxima[at] = maxima[at];
+          if (at_the_end)
+            log_sum_exp[row_head * r.T + start + at] =
+                blind ? -std::numeric_limits<float>::infinity() : maxima[at] + std::log(denominator);
+        }
+      }
+      alone = false;
+    };
+
     uint32_t key_bits[kTile];
     for (int64_t first = 0; first < r.S; first += kTile) {
+      if (first % (kTilesASum * kTile) == 0 && !empty) {
+        settle(false);
+        std::fill(sums, sums + tiles * kTile * width, 0.0f);
+        std::fill(denominators, denominators + tiles * kTile * kLanes, 0.0f);
+        empty = true;
+      }
       const int64_t count = std::min<int64_t>(kTile, r.S - first);
       keys.fill(key_positions + first, key_segments ? key_segments + first : nullptr, count, r.causal_block);
       bool packed = false;
@@ -110,6 +147,7 @@ struct Forward {
           if (r.drop_below) fill_key_bits(keys, key_bits);
           packed = true;
         }
+        empty = false;
         const int count = queries[i].count;
         product(count, keys.lanes(), D, q + i * kTile * width, width, 1, kT, kTile, scores, kTile, false);
         finish_scores(r, queries[i], keys, sees, slope, scores, nullptr);
@@ -119,19 +157,7 @@ struct Forward {
         product(count, width, keys.count, scores, kTile, 1, v, width, sums + i * kTile * width, width, true);
       }
     }
-    for (int i = 0; i < tiles; ++i) {
-      for (int t = 0; t < queries[i].count; ++t) {
-        const int at = i * kTile + t;
-        const float denominator = sum_of(load(denominators + at * kLanes));
-        // NaN is not 0: what is broken stays visible.
-        const bool blind = denominator == 0;
-        const float factor = blind ? 0 : r.kept_scale / denominator;
-        float* to = out + (row_head * r.T + start + at) * r.D;
-        for (int d = 0; d < D; ++d) to[d] = factor * sums[at * width + d];
-        log_sum_exp[row_head * r.T + start + at] =
-            blind ? -std::numeric_limits<float>::infinity() : maxima[at] + std::log(denominator);
-      }
-    }
+    settle(true);
   }
 
  private:
@@ -212,6 +238,17 @@ struct Backward {
       }
       std::fill(dk_sum, dk_sum + tiles * kTile * width, 0.0f);
       std::fill(dv_sum, dv_sum + tiles * kTile * width, 0.0f);
+      // The sums so far join those of all queries before, which are kept in dk and dv.
+      bool alone = true;
+      int64_t summed = 0;
+      const auto settle = [&] {
+        for (int64_t s = 0; s < std::min<int64_t>(pack, r.S - start); ++s) {
+          float *to_k = dk + (from + s) * r.D, *to_v = dv + (from + s) * r.D;
+          for (int d = 0; d < D; ++d) to_k[d] = (alone ? 0 : to_k[d]) + dk_sum[s * width + d];
+          for (int d = 0; d < D; ++d) to_v[d] = (alone ? 0 : to_v[d]) + dv_sum[s * width + d];
+        }
+        alone = false;
+      };
       for (int64_t first = 0; first < r.T; first += kTile) {
         const int64_t count = std::min<int64_t>(kTile, r.T - first);
         queries.fill(query_positions + first, query_segments ? query_segments + first : nullptr, count,
@@ -220,6 +257,13 @@ struct Backward {
         bool any = false;
         for (int j = 0; j < tiles; ++j) any |= (sees[j] = sight(r, queries, keys[j])) != Sight::none;
         if (!any) continue;
+        if (summed >= kTilesASum) {
+          settle();
+          std::fill(dk_sum, dk_sum + tiles * kTile * width, 0.0f);
+          std::fill(dv_sum, dv_sum + tiles * kTile * width, 0.0f);
+          summed = 0;
+        }
+        summed += r.group();
         for (int64_t g = 0; g < r.group(); ++g) {
           const int64_t head = first_head + g, at = (row * r.query_heads + head) * r.T + first;
           pack_rows(r.q, r.half_width, at, count, r.D, width, r.scale, q);
@@ -245,10 +289,7 @@ struct Backward {
             for (int d = 0; d < D; ++d) to[t * r.D + d] += r.scale * dq_sum[t * width + d];
         }
       }
-      for (int64_t s = 0; s < std::min<int64_t>(pack, r.S - start); ++s) {
-        std::copy(dk_sum + s * width, dk_sum + s * width + D, dk + (from + s) * r.D);
-        std::copy(dv_sum + s * width, dv_sum + s * width + D, dv + (from + s) * r.D);
-      }
+      settle();
     }
   }
 

@@ -82,7 +82,8 @@ inline Floats tanh(Floats x) {
 }
 
 // C[Rows, kLanes Vectors] = A B, or C + A B with `add`; A[m, k] is a[m a_row + k a_step], so that either order of A is
-// served; B and C are row by row.
+// served; B and C are row by row. C comes last: errors of a sum of many products then grow with their number, not with
+// that of all their terms.
 template <int Rows, int Vectors>
 inline void small_product(int K, const float* a, ptrdiff_t a_row, ptrdiff_t a_step, const float* b, ptrdiff_t b_row,
                           float* c, ptrdiff_t c_row, bool add) {
@@ -90,7 +91,7 @@ inline void small_product(int K, const float* a, ptrdiff_t a_row, ptrdiff_t a_st
 #pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 16
-    for (int n = 0; n < Vectors; ++n) sum[m][n] = add ? load(c + m * c_row + n * kLanes) : Floats{};
+    for (int n = 0; n < Vectors; ++n) sum[m][n] = Floats{};
   for (int k = 0; k < K; ++k) {
     Floats row[Vectors];
 #pragma GCC unroll 16
@@ -105,7 +106,10 @@ inline void small_product(int K, const float* a, ptrdiff_t a_row, ptrdiff_t a_st
 #pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 16
-    for (int n = 0; n < Vectors; ++n) store(c + m * c_row + n * kLanes, sum[m][n]);
+    for (int n = 0; n < Vectors; ++n) {
+      float* to = c + m * c_row + n * kLanes;
+      store(to, add ? load(to) + sum[m][n] : sum[m][n]);
+    }
 }
 
 template <int Vectors>
