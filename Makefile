@@ -5,7 +5,9 @@
 # make limits  the longest contexts of a model on two TPU slices, compiled without a TPU: a small version of the table
 # make reproduce  the table of agents (two hours); make simulation, reader  what collecting and reading cost
 # make retrieval  the figure of line retrieval: models trained from nothing, asked beyond their trained lengths
-# Everything goes into .venv; nothing else on the machine is touched.
+# Everything goes into .venv. Where there is a C++ compiler, attention for CPUs is compiled on first use, into a file of
+# 0.2 MB in $XDG_CACHE_HOME/ring_rl (by default ~/.cache/ring_rl), which other checkouts share and clean leaves;
+# CXX=none before a command does without. Nothing else on the machine is touched.
 
 # The newest Python that every dependency has wheels for comes first; any from 3.11 on will do.
 PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3.14 python3 python; do \

@@ -92,8 +92,11 @@ def attention(
         dropout: Sets weights to zero by a rule over global positions: the same for every ring size and strategy.
         log_sum_exp_gradient: Whether a gradient may reach `log_sum_exp`; False stops it there, which spares some
             blocks (cuDNN's) half of backward.
-        local: The block that computes one device's share.
-        block_size: Largest edge of a tile of scores, for blocks that are named and have tiles; None leaves it to them.
+        local: The block that computes one device's share, by name or an object of your own. "auto" is the first of the
+            platform's that can serve: "pallas_tpu" on TPUs, "cudnn" on NVIDIA GPUs, "native_cpu" (C++, compiled when
+            first asked for) on CPUs that have a compiler; else "xla", which serves everything everywhere.
+        block_size: Largest edge of a tile of scores, for blocks that leave it open: "xla" and "pallas_tpu". None leaves
+            it to them.
         heads_at_once: Key-value heads, with the queries that read them, of one batch row that are worked on at a time,
             at most; None leaves it to the block. Every group of heads goes round a ring of its own: the same bytes in
             more and smaller transfers, and only a group's share of what a ring holds besides its arguments and

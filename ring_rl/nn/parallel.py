@@ -36,7 +36,8 @@ class SequenceParallel:
         tensor_axis: The mesh axis that heads, the feed-forward's width and the vocabulary are sharded over.
         sequence_axis: The mesh axis that token axes are sharded over.
         local_block: What computes one device's share of attention; see `ring_rl.kernels.attention`. "auto" is the best
-            one of the platform that runs; a program for another platform needs its block named.
+            one of the platform that runs; a program for another platform, or one that stands for others as compiled
+            memory does, needs its block named.
         heads_at_once: Key-value heads that go round the ring at a time: fewer for longer contexts; None leaves it to
             the block. See `ring_rl.kernels.attention`.
     """

@@ -74,7 +74,7 @@ class TransformerConfig:
         no_position_layers: Indices of layers in which nothing turns.
         retrieval: Aids for finding lines; None is none.
         attention_window: How many tokens back a token sees, itself included; None is all of them.
-        attention_block_size: Largest edge of a tile of attention scores, in tokens.
+        attention_block_size: Largest edge of a tile of scores, in tokens, where the local block leaves it open.
         saved_activations: What backward finds saved of a layer: "all", "products", "attention", "none" or
             "offload", as `ring_rl.nn.saved_activations` says.
         compute_dtype: Of activations and matrix products. Parameters, softmax, norms, rotary angles and sums of

@@ -47,7 +47,7 @@ class StepRequest:
         loss_chunks: Steps in which a device sees its tokens' logits.
         optimizer: Its rule and numbers, of which only the rule matters here.
         attention_block: What computes a device's share of attention: "pallas_tpu", our own kernels, for TPUs only;
-            "xla"; "auto" is pallas_tpu on TPUs and, on CPU devices, what would run there.
+            "xla"; "auto" is pallas_tpu on TPUs and xla on CPU devices, which stand for others.
         heads_at_once: Key-value heads that are worked on at a time; None leaves it to that block.
     """
 
@@ -80,7 +80,7 @@ class CompiledMemory:
         wanted_bytes: Where it refused: what it says it wanted, arguments perhaps not included; None if it did not say.
         limit_bytes: Where it refused: what it says there is.
         state_bytes: Parameters and optimizer state.
-        attention_block: What computes a device's share of attention; "auto" is what runs on CPU devices.
+        attention_block: What computes a device's share of attention; "auto" is xla, on CPU devices.
         lower_seconds: Tracing and lowering.
         compile_seconds: The compiler, on this machine as busy as it was.
     """

@@ -1,9 +1,9 @@
 """The local block in plain XLA: tiles of queries against tiles of keys, online softmax between them.
 
-Runs on every platform and serves every mask and option; on a CPU it is the fast one. There the operand order of a
-matrix product decides its speed, so every product below is a plain row-by-column one: keys are stored transposed
-once, and the backward works on transposed scores, so that nothing contracts the row index of a large operand. And
-there a tile of scores must stay in a core's cache, so that strategies pass it one head at a time.
+Runs on every platform and serves every mask and option. On a CPU, where it serves those who have no C++ compiler, the
+operand order of a matrix product decides its speed, so every product below is a plain row-by-column one: keys are
+stored transposed once, and the backward works on transposed scores, so that nothing contracts the row index of a large
+operand. And there a tile of scores must stay in a core's cache, so that strategies pass it one head at a time.
 
 The G query heads that share a key-value head are folded into the rows of a tile, [B K, G * tile, D], so that keys and
 values of grouped-query attention are never repeated. Rows of the batch and key-value heads are one axis: with two of
