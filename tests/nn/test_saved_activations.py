@@ -13,13 +13,16 @@ LAYERS = 6
 
 @pytest.fixture(scope="module")
 def programs(transformers):
-    """Compiled gradients on a ring of 4 under each policy, their arguments, and their jaxprs."""
+    """Compiled gradients on a ring of 4 under each policy, their arguments, and their jaxprs.
+
+    Of XLA's block, whose every array is in the program that its compiler counts.
+    """
     made = {}
 
     def program(policy):
         if policy not in made:
             model = transformers.make(saved_activations=policy, layers=LAYERS)
-            loss, arguments, _ = transformers.loss_function(model, transformers.parallel(1, 1, 1, 4))
+            loss, arguments, _ = transformers.loss_function(model, transformers.parallel(1, 1, 1, 4, local_block="xla"))
             traced = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).trace(*arguments)
             made[policy] = traced.lower().compile(), arguments, str(traced.jaxpr)
         return made[policy]
