@@ -1,7 +1,6 @@
 """The C++ block of CPUs against dense attention in float64, and against the XLA block where that is the specification.
 
-A case here is one rectangle, given to the block itself: what a compilation costs is what a test of it costs, and the
-dense attention of `Rectangle.exact` is numpy's, so that many shapes can be tried.
+Most tests give the block one rectangle: values and gradients under the contract that every block must keep.
 """
 
 import dataclasses
@@ -15,13 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh as DeviceMesh
+from jax.sharding import PartitionSpec as P
 
-from ring_rl.kernels import CAUSAL, FULL, Dropout, Mask
-from ring_rl.kernels.dropout import kept, query_row_bits
-from ring_rl.kernels.local.block import EVERYTHING, Relation, Scoring
+from rectangles import PLAIN, RESULTS, Rectangle, check, made_up, run
+from ring_rl.kernels import CAUSAL, FULL, Mask, attention
+from ring_rl.kernels.local.block import DIAGONAL, EVERYTHING, Relation, Scoring
 from ring_rl.kernels.local.native_build import COMPILERS
-from ring_rl.kernels.local.native_cpu import NativeCpuBlock
-from ring_rl.kernels.mask import visible
+from ring_rl.kernels.local.native_cpu import NativeCpuBlock, shares_of_keys
+from ring_rl.kernels.local.xla import XlaBlock
 from ring_rl.kernels.tokens import Cotangents, Keys, Queries
 
 pytestmark = pytest.mark.skipif(
@@ -31,169 +32,6 @@ pytestmark = pytest.mark.skipif(
 
 BLOCK = NativeCpuBlock(cores=2)
 TILE = 64
-NAMES = ("out", "lse", "dq", "dk", "dv")
-PLAIN = Scoring(scale=0.3)
-# Of the error of dense attention in float32, and of the largest value beside it.
-NAIVE_FACTOR, SLACK = 2, 2e-6
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rectangle:
-    """One call's operands, as numpy arrays; `d_out`, `lse` and `delta` are what other rectangles made of them."""
-
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    d_out: np.ndarray
-    query_positions: np.ndarray
-    key_positions: np.ndarray
-    segments: tuple[np.ndarray, np.ndarray] | tuple[None, None]
-    slopes: np.ndarray | None
-    row_bits: np.ndarray | None
-    relation: Relation
-    scoring: Scoring
-    dtype: str = "float32"
-
-    def on_device(self) -> tuple[Queries, Keys, jax.Array]:
-        """(queries, keys, d_out)."""
-        array = lambda x: None if x is None else jnp.asarray(x)  # noqa: E731
-        q, k, v, d_out = (jnp.asarray(x, self.dtype) for x in (self.q, self.k, self.v, self.d_out))
-        queries = Queries(q, array(self.query_positions), array(self.segments[0]), array(self.slopes))
-        keys = Keys(k, v, array(self.key_positions), array(self.segments[1]))
-        return queries._replace(row_bits=array(self.row_bits)), keys, d_out
-
-    def seen(self) -> np.ndarray:
-        """[B, 1, T, S], by the package's own rule."""
-        most = 320
-        # Of one size always: a compilation each otherwise.
-        widened = lambda x: None if x is None else np.pad(x, ((0, 0), (0, most - x.shape[1])))  # noqa: E731
-        tokens = self.query_positions, self.key_positions, *self.segments
-        shown = np.asarray(visible(self.relation.mask, *map(widened, tokens)))
-        return shown[:, None, : self.q.shape[2], : self.k.shape[2]]
-
-    def exact(self, dtype, lse=None, delta=None) -> tuple[np.ndarray, ...]:
-        """(out, lse), or given the global lse and delta (dq, dk, dv), dense and in `dtype`."""
-        group = self.q.shape[1] // self.k.shape[1]
-        q, d_out = self.q.astype(dtype), self.d_out.astype(dtype)
-        k, v = (np.repeat(x.astype(dtype), group, axis=1) for x in (self.k, self.v))
-        scale, cap = dtype(self.scoring.scale), self.scoring.soft_cap
-        logits = scale * (q @ k.swapaxes(-1, -2))
-        slope_of_cap = dtype(1.0)
-        if cap is not None:
-            bounded = np.tanh(logits / dtype(cap))
-            logits, slope_of_cap = dtype(cap) * bounded, 1 - bounded**2
-        if self.slopes is not None:
-            distance = np.abs(self.query_positions[:, None, :, None] - self.key_positions[:, None, None, :])
-            logits = logits - self.slopes.astype(dtype)[:, :, None, None] * distance.astype(dtype)
-        keep = np.ones((1, 1, 1, 1), dtype)
-        if self.row_bits is not None:
-            rate = self.scoring.dropout_rate
-            keep = kept(self.row_bits[..., None], self.key_positions[:, None, None, :], rate) / dtype(1 - rate)
-            keep = keep.astype(dtype)
-        logits = np.where(self.seen(), logits, dtype(-np.inf))
-        if lse is None:
-            most = np.maximum(logits.max(axis=-1, keepdims=True), np.finfo(dtype).min)
-            weights = np.exp(logits - most)
-            total = weights.sum(axis=-1, keepdims=True)
-            blind = total == 0
-            out = (weights / np.where(blind, 1, total) * keep) @ v
-            with np.errstate(divide="ignore"):
-                return out, np.where(blind, -np.inf, most + np.log(total))[..., 0].astype(dtype)
-        weights = np.exp(logits - lse.astype(dtype)[..., None])
-        d_scores = weights * (keep * (d_out @ v.swapaxes(-1, -2)) - delta.astype(dtype)[..., None]) * slope_of_cap
-        grouped = lambda x: x.reshape(x.shape[0], -1, group, *x.shape[2:]).sum(axis=2)  # noqa: E731
-        dk, dv = d_scores.swapaxes(-1, -2) @ q, (keep * weights).swapaxes(-1, -2) @ d_out
-        return scale * (d_scores @ k), scale * grouped(dk), grouped(dv)
-
-
-def run(block, rectangle: Rectangle, lse=None, delta=None) -> tuple[np.ndarray, ...]:
-    """What the block makes of it: (out, lse), or given the global lse and delta (dq, dk, dv)."""
-    results = _run(block, *rectangle.on_device(), lse, delta, relation=rectangle.relation, scoring=rectangle.scoring)
-    assert all(x.dtype == jnp.float32 for x in results)
-    return tuple(map(np.asarray, results))
-
-
-@functools.partial(jax.jit, static_argnames=("block", "relation", "scoring"))
-def _run(block, queries, keys, d_out, lse, delta, *, relation, scoring):
-    if lse is None:
-        return block.forward(queries, keys, relation=relation, scoring=scoring)
-    # No block looks at `out`.
-    cotangents = Cotangents(jnp.zeros_like(d_out), lse, d_out, delta)
-    return block.backward(queries, keys, cotangents, relation=relation, scoring=scoring)
-
-
-def made_up(
-    *,
-    T: int,
-    S: int,
-    B: int = 1,
-    heads: tuple[int, int] = (2, 1),
-    D: int = 16,
-    relation: Relation = EVERYTHING,
-    scoring: Scoring = PLAIN,
-    dtype: str = "float32",
-    alibi: bool = False,
-    packed: bool = False,
-    first_query: int = 0,
-    first_key: int = 0,
-    stride: int = 1,
-    rows: tuple[int, int] = (1, 1),
-    seed: int = 0,
-) -> Rectangle:
-    """A random one. Positions begin at `first_...`, `stride` apart; `rows` is of how many of the batch each side has
-    positions of its own.
-    """
-    generator = np.random.default_rng(seed)
-    shapes = (B, heads[0], T, D), (B, heads[1], S, D), (B, heads[1], S, D), (B, heads[0], T, D)
-    # Exact in the dtype: the truth must get what the block gets.
-    q, k, v, d_out = (np.asarray(jnp.asarray(generator.normal(size=x), dtype), np.float32) for x in shapes)
-    place = lambda n, first, b: (first + stride * np.arange(n) + np.arange(b)[:, None]).astype(np.int32)  # noqa: E731
-    query_positions, key_positions = place(T, first_query, rows[0]), place(S, first_key, rows[1])
-    document = lambda n: np.sort(generator.integers(-1, 4, (B, n)), axis=1).astype(np.int32)  # noqa: E731
-    bits = None
-    if scoring.dropout_rate:
-        dropout = Dropout(scoring.dropout_rate, jax.random.key(seed))
-        most = np.pad(query_positions, ((0, 0), (0, 320 - T)))
-        bits = np.asarray(query_row_bits(dropout, positions=most, batch=B, heads=heads[0]))[:, :, :T]
-    return Rectangle(
-        q=q,
-        k=k,
-        v=v,
-        d_out=d_out,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        segments=(document(T), document(S)) if packed else (None, None),
-        slopes=generator.uniform(0.01, 0.1, (1, heads[0])).astype(np.float32) if alibi else None,
-        row_bits=bits,
-        relation=relation,
-        scoring=scoring,
-        dtype=dtype,
-    )
-
-
-def global_sums(rectangle: Rectangle, lse: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(lse, delta) as if other rectangles had added to the rectangle's own; rows that saw nothing are silent."""
-    delta = np.random.default_rng(7).normal(size=lse.shape)
-    return np.where(np.isneginf(lse), np.inf, lse + 0.5).astype(np.float32), delta.astype(np.float32)
-
-
-def check(block, rectangle: Rectangle) -> tuple[np.ndarray, ...]:
-    """Raises AssertionError unless values and gradients are as exact as dense attention in float32; returns them."""
-    truth, naive = rectangle.exact(np.float64), rectangle.exact(np.float32)
-    sums = global_sums(rectangle, truth[1])
-    truth, naive = truth + rectangle.exact(np.float64, *sums), naive + rectangle.exact(np.float32, *sums)
-    found = run(block, rectangle) + run(block, rectangle, *sums)
-    for name, ours, theirs, expected in zip(NAMES, found, naive, truth, strict=True):
-        np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(expected))
-        finite = np.isfinite(expected)
-        largest = np.abs(expected[finite]).max(initial=0)
-        allowed = NAIVE_FACTOR * np.abs(theirs[finite] - expected[finite]).max(initial=0) + SLACK * largest
-        error = np.abs(ours[finite] - expected[finite]).max(initial=0)  # NaN is in no order: not <= anything
-        assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}, largest {largest:.1e}"
-    blind = np.isneginf(found[1])
-    assert (found[0][blind] == 0).all()
-    assert (found[2][blind] == 0).all()
-    return found
 
 
 MASKS = (
@@ -278,3 +116,246 @@ def test_errors_do_not_grow_with_the_number_of_tokens(value):
     zeros, keys = zeros[:, :, :few], Keys(values, values, positions(many))
     dq, *_ = backward(Queries(ones, positions(few)), keys, Cotangents(ones, zeros + 1, ones, zeros))
     np.testing.assert_allclose(dq[0, 0, :, 0], np.sum(np.exp(x - 1) * x * x), rtol=2e-6)
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.9])
+def test_dropout_drops_what_the_xla_block_drops(rate):
+    """With values of ones an output is the share of weights that stayed: equal only if the same ones did."""
+    rectangle = made_up(T=130, S=200, B=2, relation=DIAGONAL, scoring=Scoring(scale=0.3, dropout_rate=rate))
+    rectangle = dataclasses.replace(rectangle, v=np.ones_like(rectangle.v), d_out=np.ones_like(rectangle.d_out))
+    ours, theirs = (run(block, rectangle) for block in (BLOCK, XlaBlock(block_size=TILE)))
+    assert np.ptp(ours[0]) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_rows_with_infinite_log_sum_exp_contribute_nothing():
+    rectangle = made_up(T=100, S=70)
+    lse = np.full(rectangle.q.shape[:3], np.inf, np.float32)
+    for gradient in run(BLOCK, rectangle, lse, np.ones_like(lse)):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"packed": True}, {"first_query": -500}], ids=["padding", "the past"])
+def test_rows_that_see_nothing_are_zero_and_silent_whatever_the_keys_hold(options):
+    """Even in a tile that is computed for other rows, where 0 times infinity would be NaN."""
+    rectangle = made_up(T=70, S=70, relation=DIAGONAL, **options)
+    blind = ~rectangle.seen().any(axis=-1).repeat(2, axis=1)
+    assert blind.any()
+    values = np.where(rectangle.seen().any(axis=2)[..., None], np.inf, rectangle.v)
+    out, lse = run(BLOCK, dataclasses.replace(rectangle, v=values))
+    assert (out[blind] == 0).all()
+    np.testing.assert_array_equal(np.isneginf(lse), blind)
+
+
+@pytest.mark.parametrize("magnitude", [1e4, -1e4])
+def test_huge_logits(magnitude):
+    """Gradients are those of weights that log_sum_exp rounds: an error of 1e4 2^-24, relative."""
+    rectangle = made_up(T=100, S=130, relation=Relation(CAUSAL), scoring=Scoring(scale=magnitude))
+    truth = rectangle.exact(np.float64)
+    lse, delta = truth[1].astype(np.float32), np.ones_like(truth[1], np.float32)
+    found = run(BLOCK, rectangle) + run(BLOCK, rectangle, lse, delta)
+    assert np.abs(lse).max() > 1e4
+    rounding = 4 * np.abs(truth[1]).max() * np.finfo(np.float32).eps
+    for ours, expected in zip(found, truth + rectangle.exact(np.float64, lse, delta), strict=True):
+        assert np.abs(ours - expected).max() <= rounding * np.abs(expected).max()
+
+
+def test_very_negative_log_sum_exp_does_not_overflow_what_fills_a_tile():
+    """Keys that do not exist score 0; against a log-sum-exp of -1000 their weight would be e^1000."""
+    rectangle = made_up(T=5, S=5, heads=(1, 1), scoring=Scoring(scale=1.0))
+    q, k = rectangle.q.copy(), rectangle.k.copy()
+    q[..., 0], k[..., 0] = 1.0, -1000.0
+    rectangle = dataclasses.replace(rectangle, q=q, k=k)
+    lse = rectangle.exact(np.float64)[1].astype(np.float32)
+    assert (lse < -900).all()
+    delta = np.ones_like(lse)
+    for ours, expected in zip(run(BLOCK, rectangle, lse, delta), rectangle.exact(np.float64, lse, delta), strict=True):
+        assert np.abs(ours - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+def _reached(seen: np.ndarray, poisoned: str, at: int) -> dict[str, np.ndarray]:
+    """Which rows of each result a broken row of an operand reaches by definition, `seen` being [T, S]."""
+    # A row that sees nothing hands on nothing.
+    one_row = (np.arange(len(seen)) == at) & seen.any(axis=1)
+    rows = one_row if poisoned in ("q", "d_out") else seen[:, at]
+    keys, forward = seen[rows].any(axis=0), poisoned != "d_out"
+    # What a broken value reaches forward gets back through delta, but the values' gradients hold none of it.
+    return {
+        "out": rows & forward,
+        "lse": rows & (poisoned in ("q", "k")),
+        "dq": rows,
+        "dk": keys,
+        "dv": keys & (poisoned != "v"),
+    }
+
+
+@pytest.mark.parametrize("mask", [CAUSAL, Mask(causal=False, window=30)], ids=["causal", "window"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_broken_shows_where_it_reaches_and_no_further_than_with_the_xla_block(mask, value):
+    """Wherever the definition says NaN there is one; beyond that only rows of the same tiles, as in any such block."""
+    T = 3 * TILE
+    rectangle = made_up(T=T, S=T, heads=(1, 1), relation=Relation(mask), packed=True, seed=3)
+    # Positive: an infinite key makes every score infinite, and none of them the other way.
+    rectangle = dataclasses.replace(rectangle, q=np.abs(rectangle.q), k=np.abs(rectangle.k))
+    assert (~rectangle.seen().any(axis=-1)).any()
+    for poisoned in ("q", "k", "v", "d_out"):
+        for at in (1, T // 2, T - 1):
+            broken = getattr(rectangle, poisoned).copy()
+            broken[:, :, at, 3] = value
+            one = dataclasses.replace(rectangle, **{poisoned: broken})
+            ours = run(BLOCK, one)
+            theirs = run(XlaBlock(block_size=TILE), one)
+            lse = np.where(np.isneginf(ours[1]), np.inf, ours[1])
+            delta = np.einsum("bhtd,bhtd->bht", ours[0], one.d_out)
+            ours += run(BLOCK, one, lse, delta)
+            theirs += run(XlaBlock(block_size=TILE), one, lse, delta)
+            reached = _reached(rectangle.seen()[0, 0], poisoned, at)
+            for name, a, b in zip(RESULTS, ours, theirs, strict=True):
+                found, there = (np.isnan(x) if name == "lse" else ~np.isfinite(x) for x in (a, b))
+                found, there = (x.reshape(T, -1).any(axis=1) for x in (found, there))
+                if name == "lse":  # whose NaN the XLA block calls a row that saw nothing
+                    np.testing.assert_array_equal(found, reached[name])
+                    continue
+                assert (found >= reached[name]).all(), f"{poisoned}[{at}]: NaN is hidden in {name}"
+                assert (found <= there | reached[name]).all(), f"{poisoned}[{at}]: NaN leaks in {name}"
+
+
+@pytest.mark.parametrize("cores", [3, 5])
+def test_shares_of_keys_change_nothing_but_rounding(cores):
+    rectangle = made_up(T=80, S=1300, heads=(1, 1), scoring=Scoring(scale=0.3, soft_cap=3.0))
+    assert shares_of_keys(pieces=1, keys=1300, cores=cores) == cores
+    lse = np.full((1, 1, 80), 8.0, np.float32)
+    shared, alone = (run(NativeCpuBlock(cores=n), rectangle, lse, lse) for n in (cores, 1))
+    np.testing.assert_allclose(shared[0], alone[0], rtol=1e-5, atol=1e-5 * np.abs(alone[0]).max())
+    for a, b in zip(shared[1:], alone[1:], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@given(pieces=st.integers(1, 40), keys=st.integers(1, 5000), cores=st.integers(1, 64))
+def test_keys_are_shared_no_further_than_there_are_cores_and_stretches(pieces, keys, cores):
+    shares = shares_of_keys(pieces=pieces, keys=keys, cores=cores)
+    most = max(1, min(cores, -(-keys // 256)))
+    assert 1 <= shares <= most
+    idle = lambda shares: 1 - pieces * shares / (cores * -(-pieces * shares // cores))  # noqa: E731
+    # The fewest that keep nine cores in ten busy.
+    assert idle(shares) <= 0.1 or shares == most
+    assert all(idle(fewer) > 0.1 for fewer in range(1, shares))
+
+
+def test_cores_must_be_positive():
+    with pytest.raises(ValueError, match="cores must be at least 1, got 0"):
+        NativeCpuBlock(cores=0)
+
+
+def test_two_runs_give_the_same_bits():
+    rectangle = made_up(T=300, S=700, heads=(4, 2), scoring=Scoring(scale=0.3, soft_cap=3.0))
+    lse = np.full((1, 4, 300), 7.0, np.float32)
+    first, *others = ([*run(BLOCK, rectangle), *run(BLOCK, rectangle, lse, lse)] for _ in range(5))
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_axes_of_vmap_are_rows_of_the_batch():
+    """One axis, and one within another; operands that an axis does not go over are the same along it."""
+    rectangle = made_up(T=70, S=90, B=6, rows=(6, 1), relation=Relation(CAUSAL), packed=True, alibi=True)
+    lse = rectangle.exact(np.float32)[1]
+    queries, keys, d_out = rectangle.on_device()
+    delta = jnp.asarray(np.random.default_rng(0).normal(size=lse.shape), jnp.float32)
+
+    def both(queries, keys, d_out, lse, delta):
+        cotangents, options = Cotangents(d_out, lse, d_out, delta), {"relation": Relation(CAUSAL), "scoring": PLAIN}
+        forward = BLOCK.forward(queries, keys, **options)
+        return (*forward, *BLOCK.backward(queries, keys, cotangents, **options))
+
+    whole = (queries, keys, d_out, jnp.where(jnp.isneginf(lse), jnp.inf, lse), delta)
+    expected = jax.jit(both)(*whole)
+    shared = Queries(0, 0, 0, None, None), Keys(0, 0, None, 0), 0, 0, 0
+    for sizes in [(3,), (3, 2), (2, 3)]:
+        split = lambda x, sizes=sizes: x if x.shape[0] == 1 else x.reshape(*sizes, -1, *x.shape[1:])  # noqa: E731
+        mapped = both
+        for _ in sizes:
+            mapped = jax.vmap(mapped, in_axes=shared)
+        found = jax.jit(mapped)(*jax.tree.map(split, whole))
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(a.reshape(b.shape), b)
+
+
+@pytest.mark.parametrize("virtual", [False, True], ids=["devices", "virtual"])
+def test_a_ring_of_eight(case, virtual):
+    """Values and all gradients, log_sum_exp's included; under shard_map with its check on."""
+    case(
+        axes=(8,),
+        layout="zigzag",
+        tokens=112,
+        packed=True,
+        local="native_cpu",
+        virtual=virtual,
+        soft_cap=6.0,
+        alibi=True,
+        dropout_rate=0.1,
+    ).check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_of_one_device(case, dtype):
+    """150 tokens: two tiles and a part of one."""
+    case(tokens=150, strategy="blockwise", local="native_cpu", dtype=dtype, heads=(4, 1), head_dim=20).check()
+
+
+def test_layers_in_a_scan_that_keeps_nothing():
+    """Backward calls the block again for every layer; the XLA block's loops are the specification."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 70, 2, 8)), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnames="local")
+    def gradient(x, local):
+        def loss(x):
+            layer = lambda x, _: (attention(x, x, jnp.sin(x), mask=CAUSAL, local=local).out + x, None)  # noqa: E731
+            return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), x, length=3)[0]))
+
+        return jax.grad(loss)(x)
+
+    ours, theirs = gradient(x, "native_cpu"), gradient(x, "xla")
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_rows_of_the_batch_over_devices_without_a_ring():
+    """Inside `jax.shard_map` with its check on, on devices that all call the block at once."""
+    rectangle = made_up(T=70, S=70, B=8, relation=DIAGONAL)
+    expected = run(BLOCK, rectangle)
+    queries, keys, _ = rectangle.on_device()
+    whole = P("rows")
+
+    def forward(q, k, v):
+        inner = queries._replace(q=q), keys._replace(k=k, v=v)
+        return BLOCK.forward(*inner, relation=DIAGONAL, scoring=PLAIN)
+
+    mesh = DeviceMesh(np.array(jax.devices()), ("rows",))
+    mapped = jax.jit(jax.shard_map(forward, mesh=mesh, in_specs=whole, out_specs=whole))
+    for a, b in zip(mapped(queries.q, keys.k, keys.v), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda q, k: (q, k._replace(k=k.k[:, :0], v=k.v[:, :0])), "q and k must not be empty"),
+        (lambda q, k: (q._replace(positions=q.positions[:0]), k), "positions must be"),
+        (lambda q, k: (q._replace(positions=q.positions[:, 1:]), k), "positions must be"),
+        (lambda q, k: (q, k._replace(v=k.v[:, :, 1:])), "k and v must be"),
+        (lambda q, k: (q._replace(segment_ids=q.positions), k), "segment ids are needed"),
+        (lambda q, k: (q._replace(slopes=jnp.ones((1, 3), jnp.float32)), k), "slopes must be"),
+    ],
+    ids=["no heads", "no positions", "few positions", "few values", "one side's segments", "slopes of other heads"],
+)
+def test_operands_that_do_not_fit_are_an_error_and_not_the_end_of_the_process(change, complaint):
+    queries, keys, _ = made_up(T=5, S=5).on_device()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=complaint):
+        BLOCK.forward(*change(queries, keys), relation=EVERYTHING, scoring=PLAIN)
+
+
+def test_float16_is_refused():
+    x = jnp.ones((1, 8, 2, 4), jnp.float16)
+    with pytest.raises(ValueError, match='computes in float32 or bfloat16, not in float16; local="xla" serves'):
+        attention(x, x, x, mask=CAUSAL, local="native_cpu")

@@ -277,7 +277,7 @@ struct Backward {
             finish_scores(r, queries, keys[j], sees[j], slope, weights, slope_of_cap);
             product(T, lanes, D, d_o, width, 1, vT + j * kTile * D, kTile, d_scores, kTile, false);
             const uint32_t* row_bits = r.drop_below ? r.row_bits + at : nullptr;
-            differentiate(T, lanes, weights, d_scores, log_sum_exp + at, delta + at, slope_of_cap, row_bits,
+            differentiate(T, lanes, sees[j], weights, d_scores, log_sum_exp + at, delta + at, slope_of_cap, row_bits,
                           key_bits + j * kTile);
             product(S, width, T, weights, 1, kTile, d_o, width, dv_sum + j * kTile * width, width, true);
             product(S, width, T, d_scores, 1, kTile, q, width, dk_sum + j * kTile * width, width, true);
@@ -295,12 +295,17 @@ struct Backward {
 
  private:
   // Logits become the weights that reached the values, and gradients of the weights those of the products q·k.
-  void differentiate(int count, int lanes, float* weights, float* d_scores, const float* lse, const float* own,
-                     const float* slope_of_cap, const uint32_t* row_bits, const uint32_t* key_bits) const {
+  void differentiate(int count, int lanes, Sight sees, float* weights, float* d_scores, const float* lse,
+                     const float* own, const float* slope_of_cap, const uint32_t* row_bits,
+                     const uint32_t* key_bits) const {
     for (int t = 0; t < count; ++t) {
       for (int s = 0; s < lanes; s += kLanes) {
         const int at = t * kTile + s;
-        Floats weight = exp(load(weights + at) - lse[t]), d_weight = load(d_scores + at), reached = weight;
+        const Floats score = load(weights + at);
+        Floats weight = exp(score - lse[t]), d_weight = load(d_scores + at);
+        // A row whose log-sum-exp is NaN brings that to the keys that it sees.
+        if (sees == Sight::some) weight = score == kHidden ? Floats{} : weight;
+        Floats reached = weight;
         if (r.drop_below) {
           const Ints stays = kept(r, row_bits[t], key_bits + s);
           reached = stays ? r.kept_scale * weight : Floats{};

@@ -16,9 +16,11 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+ffi::Error no_memory() { return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for tiles of scores"); }
+
 // Runs all pieces of `work` on the caller's thread, helped by whatever threads of XLA's pool are free meanwhile. The
-// caller never waits for a piece that nobody has begun: with a ring of devices on one machine the pool's threads may all
-// be busy, or waiting for what this very call computes.
+// caller never waits for a piece that nobody has begun: with a ring of devices on one machine the pool's threads may
+// all be busy, or waiting for what this very call computes. No exception leaves it: XLA is built without them.
 template <typename Work>
 ffi::Error run(const Work& work, ffi::ThreadPool& pool) {
   struct Progress {
@@ -47,16 +49,24 @@ ffi::Error run(const Work& work, ffi::ThreadPool& pool) {
     }
   };
   // Helpers that come late find nothing left to do: they hold this, and touch none of the call's arrays.
-  auto progress = std::make_shared<Progress>();
+  std::shared_ptr<Progress> progress;
+  try {
+    progress = std::make_shared<Progress>();
+  } catch (const std::bad_alloc&) {
+    return no_memory();
+  }
   progress->work = work;
   progress->pieces = work.pieces();
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), progress->pieces) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([progress] { progress->help(); });
+  try {
+    for (int64_t i = 0; i < helpers; ++i) pool.Schedule([progress] { progress->help(); });
+  } catch (const std::bad_alloc&) {
+    // So many helpers it is then; those that are there work on this call's arrays, which must not go before them.
+  }
   progress->help();
   std::unique_lock<std::mutex> lock(progress->mutex);
   progress->idle.wait(lock, [&] { return progress->busy == 0; });
-  if (progress->out_of_memory) return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for tiles of scores");
-  return ffi::Error::Success();
+  return progress->out_of_memory ? no_memory() : ffi::Error::Success();
 }
 
 using Any = ffi::AnyBuffer;
@@ -74,6 +84,12 @@ int64_t leading(const Buffer& x, size_t trailing) {
 template <typename Buffer>
 int64_t from_last(const Buffer& x, size_t i) {
   return x.dimensions()[x.dimensions().size() - i];
+}
+// How many of `rows` share each of what x has one row of; 0 where they cannot.
+template <typename Buffer>
+int64_t rows_a_row(int64_t rows, const Buffer& x) {
+  const int64_t own = leading(x, 1);
+  return own > 0 && rows % own == 0 ? rows / own : 0;
 }
 template <typename Value, typename Buffer>
 const Value* unless_empty(const Buffer& x) {
@@ -94,6 +110,11 @@ ffi::ErrorOr<Rectangle> rectangle(const Any& q, const Any& k, const Any& v, cons
   if (!half_width && q.element_type() != ffi::F32) return refuse("q must be float32 or bfloat16");
   if (k.element_type() != q.element_type() || v.element_type() != q.element_type())
     return refuse("q, k and v must be of one dtype");
+  if (q.dimensions().size() < 4 || k.dimensions().size() < 4 || v.dimensions().size() < 4)
+    return refuse("q, k and v must be [batch, heads, tokens, D]");
+  if (query_positions.dimensions().size() < 2 || key_positions.dimensions().size() < 2 ||
+      slopes.dimensions().size() < 2)
+    return refuse("positions and slopes must be [b, tokens] and [b, H]");
   Rectangle r{};
   r.rows = leading(q, 3), r.query_heads = from_last(q, 3), r.T = from_last(q, 2), r.D = from_last(q, 1);
   r.key_heads = from_last(k, 3), r.S = from_last(k, 2);
@@ -103,22 +124,25 @@ ffi::ErrorOr<Rectangle> rectangle(const Any& q, const Any& k, const Any& v, cons
   r.slopes = unless_empty<float>(slopes), r.row_bits = unless_empty<uint32_t>(row_bits);
   r.scale = options.scale, r.soft_cap = options.soft_cap, r.kept_scale = options.kept_scale;
   r.drop_below = options.drop_below, r.causal_block = options.causal_block, r.window = options.window;
-  if (r.rows * r.query_heads * r.T * r.S * r.D == 0) return refuse("q and k must not be empty");
-  if (leading(k, 3) != r.rows || v.element_count() != k.element_count() || from_last(v, 2) != r.S || from_last(k, 1) != r.D)
+  for (const int64_t size : {r.rows, r.query_heads, r.key_heads, r.T, r.S, r.D})
+    if (size == 0) return refuse("q and k must not be empty");
+  if (leading(k, 3) != r.rows || from_last(k, 1) != r.D || v.element_count() != k.element_count() ||
+      from_last(v, 2) != r.S)
     return refuse("k and v must be [batch, key heads, S, D] with the batch and D of q");
   if (r.query_heads % r.key_heads) return refuse("key heads must divide query heads");
-  if (from_last(query_positions, 1) != r.T || r.rows % leading(query_positions, 1) ||
-      from_last(key_positions, 1) != r.S || r.rows % leading(key_positions, 1))
+  r.rows_a_query_position = rows_a_row(r.rows, query_positions);
+  r.rows_a_key_position = rows_a_row(r.rows, key_positions);
+  if (from_last(query_positions, 1) != r.T || from_last(key_positions, 1) != r.S || !r.rows_a_query_position ||
+      !r.rows_a_key_position)
     return refuse("positions must be [b, T] and [b, S] with b = 1 or the batch");
-  r.rows_a_query_position = r.rows / leading(query_positions, 1);
-  r.rows_a_key_position = r.rows / leading(key_positions, 1);
-  if (!r.query_segments != !r.key_segments) return refuse("segment ids are needed for queries and keys, or for neither");
+  if (!r.query_segments != !r.key_segments)
+    return refuse("segment ids are needed for queries and keys, or for neither");
   if (r.query_segments && (query_segments.element_count() != static_cast<size_t>(r.rows * r.T) ||
                            key_segments.element_count() != static_cast<size_t>(r.rows * r.S)))
     return refuse("segment ids must be [batch, T] and [batch, S]");
   if (r.slopes) {
-    if (from_last(slopes, 1) != r.query_heads || r.rows % leading(slopes, 1)) return refuse("slopes must be [b, H]");
-    r.rows_a_slope = r.rows / leading(slopes, 1);
+    r.rows_a_slope = rows_a_row(r.rows, slopes);
+    if (from_last(slopes, 1) != r.query_heads || !r.rows_a_slope) return refuse("slopes must be [b, H]");
   }
   if (r.drop_below && row_bits.element_count() != static_cast<size_t>(r.rows * r.query_heads * r.T))
     return refuse("dropout needs random bits of each row, [batch, H, T]");

@@ -16,8 +16,8 @@ constexpr int kPacked = 4;
 
 constexpr int32_t kLeast = std::numeric_limits<int32_t>::min(), kMost = std::numeric_limits<int32_t>::max();
 
-// Everything but the arrays' contents is known when the program is compiled. Rows are those of all batches together; one
-// row of positions or slopes is that of as many of them as `rows_a_...` says. Pointers to what is not used are null.
+// Everything but the arrays' contents is known when the program is compiled. Rows are those of all batches together;
+// one row of positions or slopes is that of as many of them as `rows_a_...` says. Pointers to what is not used are null.
 struct Rectangle {
   int64_t rows, query_heads, key_heads, T, S, D;
   int64_t rows_a_query_position, rows_a_key_position, rows_a_slope;
@@ -149,13 +149,13 @@ inline Ints shown(const Rectangle& r, const Stretch& q, const Stretch& k, int t,
   Ints visible = index < k.count;
   if (r.causal_block > 0) visible &= load(k.block + s) <= q.block[t];
   if (r.window > 0) {
-    // Compared without subtracting, which could overflow at the ends of what 32 bits hold.
+    // Compared without subtracting vectors, which could overflow at the ends of what 32 bits hold.
     const int64_t p = q.position[t];
-    const int32_t after = static_cast<int32_t>(std::max<int64_t>(p - r.window, kLeast));
-    visible &= load(k.position + s) > after;
+    const int32_t first = static_cast<int32_t>(std::max<int64_t>(p - r.window + 1, kLeast));
+    visible &= load(k.position + s) >= first;
     if (r.causal_block == 0) {
-      const int32_t before = static_cast<int32_t>(std::min<int64_t>(p + r.window, kMost));
-      visible &= load(k.position + s) < before;
+      const int32_t last = static_cast<int32_t>(std::min<int64_t>(p + r.window - 1, kMost));
+      visible &= load(k.position + s) <= last;
     }
   }
   if (r.query_segments) visible &= (load(k.segment + s) == q.segment[t]) & all(q.segment[t] >= 0 ? -1 : 0);
