@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ring_rl.kernels.layout import Layout
+from ring_rl.kernels.local.block import LocalName
 from ring_rl.nn.parallel import SequenceParallel, SequenceStrategy
 from ring_rl.training.mesh import MeshConfig, make_mesh
 
@@ -19,12 +20,14 @@ class ParallelConfig:
         strategy: How shards of a sequence meet.
         ulysses_size: With strategy="hybrid", devices that swap tokens for heads; 1 otherwise.
         weights_over_ring: Whether they share weights and moments, too.
+        local_block: What computes a device's share of attention.
         heads_at_once: Key-value heads that go round the ring at a time; None leaves it to the local block.
     """
 
     strategy: SequenceStrategy
     ulysses_size: int
     weights_over_ring: bool
+    local_block: LocalName
     heads_at_once: int | None
 
 
@@ -52,5 +55,6 @@ def make_parallel(mesh: MeshConfig, config: ParallelConfig, *, layout: Layout) -
         strategy=config.strategy,
         ulysses_size=config.ulysses_size,
         weight_axes=("fsdp", "sp") if config.weights_over_ring else ("fsdp",),
+        local_block=config.local_block,
         heads_at_once=config.heads_at_once,
     )
