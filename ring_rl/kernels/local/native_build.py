@@ -58,7 +58,7 @@ def build() -> Path:
     compiler = _compiler()
     target, macros = _target(compiler)
     parts = [*_FLAGS, target, macros, metadata.version("jaxlib"), _run([compiler, "--version"])]
-    parts += [path.read_text() for path in sorted(SOURCES.iterdir())]
+    parts += [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cc", ".h")]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = cache_folder() / f"attention-{key}.so"
     if not path.exists():
@@ -114,10 +114,20 @@ def _run(command: list[str]) -> str:
         NativeBuildError: It failed.
     """
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_SECONDS, check=False)
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            # Complaints in English, so that they can be told from the lines around them.
+            env={**os.environ, "LC_ALL": "C"},
+            timeout=_TIME_LIMIT_SECONDS,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeBuildError(f"{command[0]} did not run: {error}") from None
     if result.returncode != 0:
-        complaint = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip())
-        raise NativeBuildError(f"{command[0]} failed: {complaint}")
+        said = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        said.append(f"exit status {result.returncode}")
+        raise NativeBuildError(f"{command[0]} failed: {next((line for line in said if 'error' in line), said[0])}")
     return result.stdout
