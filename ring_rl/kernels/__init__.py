@@ -1,8 +1,9 @@
 """Exact attention over a sequence that is sharded over devices; imports jax and numpy only."""
 
 from ring_rl.kernels.attention import AttentionOutput, attention
+from ring_rl.kernels.cache_slots import check_capacity, slot_positions
 from ring_rl.kernels.cross_entropy import CrossEntropySums, blockwise_cross_entropy
-from ring_rl.kernels.decode import check_capacity, decode_attention, slot_positions, write_cache, write_segment_ids
+from ring_rl.kernels.decode import decode_attention, write_cache, write_segment_ids
 from ring_rl.kernels.document_balance import balanced_permutation
 from ring_rl.kernels.dropout import Dropout
 from ring_rl.kernels.feedforward import blockwise_feedforward

@@ -3,32 +3,26 @@
 The cache never moves. Each of R devices attends the new tokens to the slots it holds, and the R softmaxes in progress
 merge: what travels is one output a new token, not the cache.
 
-Blocks of `slot_block` positions are dealt round robin, so that a growing cache is balanced from its first tokens on:
-
-    device of position p    p // slot_block mod R
-    slot on that device     p // slot_block // R * slot_block  +  p mod slot_block
-
-A device's slots are thus in order of position, and with R = 1 the slot is the position.
-
-Everything here is for inference: gradients are not defined.
+`cache_slots.py` says which positions a slot holds. Everything here is for inference: gradients are not defined.
 """
 
-import dataclasses
 import math
-from typing import NamedTuple
+from typing import Literal
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax, vmap
 
-from ring_rl.kernels.accumulate import float32_einsum
-from ring_rl.kernels.local.block import Scoring
-from ring_rl.kernels.mask import CAUSAL, Mask, visible
-from ring_rl.kernels.online_softmax import Partial, finish
-from ring_rl.kernels.varying import vary_alike
-from ring_rl.typing import Array, Bool, Float, Float32, Int, Int32
+from ring_rl.kernels.cache_slots import DEFAULT_SLOT_BLOCK, Slots
+from ring_rl.kernels.decode_tiles import Cache, attend_by_tiles
+from ring_rl.kernels.local.block import Demand, LocalBlock, Relation, Scoring
+from ring_rl.kernels.local.select import block_named
+from ring_rl.kernels.mask import CAUSAL, Mask
+from ring_rl.kernels.online_softmax import Partial, begin, finish
+from ring_rl.kernels.tokens import Keys, Queries
+from ring_rl.typing import Array, Float, Int, Int32
 
-DEFAULT_SLOT_BLOCK = 128
+DecodeBlock = Literal["auto", "xla", "native_cpu"]
+DECODE_BLOCKS: tuple[DecodeBlock, ...] = ("auto", "xla", "native_cpu")
 DEFAULT_TILE_SIZE = 1024
 
 
@@ -47,6 +41,7 @@ def decode_attention(
     scale: float | None = None,
     soft_cap: float | None = None,
     alibi_slopes: Float[Array, " H"] | None = None,
+    local: DecodeBlock = "auto",
     tile_size: int = DEFAULT_TILE_SIZE,
 ) -> Float[Array, "B T H D"]:
     """Attention of T new tokens, at positions length .. length + T - 1, to a cache that already holds them.
@@ -61,8 +56,8 @@ def decode_attention(
     the chunk in contiguous layout, and so is the result: queries are gathered, outputs summed and scattered.
 
     Cost: O(B H T n D) work for the n slots a device has filled: work follows what is filled and, with a window, what
-    is seen, not the capacity. Memory beyond the inputs and O(B T H D): one tile of scores, B H tile_size² float32
-    at most. With an axis, one all-reduce of B T H (D + 1) float32 and one of B H T.
+    is seen, not the capacity. Memory beyond the inputs and O(B T H D): one of XLA's tiles of scores, B H tile_size²
+    float32 at most. With an axis, one all-reduce of B T H (D + 1) float32 and one of B H T.
 
     Args:
         length: Tokens cached before the new ones; one number a row where rows differ. A prompt padded on its right
@@ -75,23 +70,30 @@ def decode_attention(
         scale: Multiplies q·k; 1/√D if None.
         soft_cap: Logits become soft_cap tanh(logit / soft_cap).
         alibi_slopes: Logits lose slope_h |query position - key position|.
-        tile_size: Largest edge of a tile of scores. Few queries take longer tiles, of up to 4 times as many slots.
-            A tile of k and v that fits a CPU's cache is fastest there; an accelerator that decodes one token at a
-            time against a long cache does better with fewer, larger tiles.
+        local: What computes a device's share: "xla", tiles that serve everywhere; "native_cpu", C++ on a CPU; "auto" is
+            that where it serves, else "xla".
+        tile_size: Largest edge of one of XLA's tiles of scores. Few queries take longer tiles, of up to 4 times as
+            many slots. A tile of k and v that fits a CPU's cache is fastest there; an accelerator that decodes one
+            token at a time against a long cache does better with fewer, larger tiles.
 
     Raises:
         ValueError: Shapes that do not fit one another, one of two segment ids, a slot count that `slot_block` does
-            not divide. Not for length + T > capacity, which is data: see `check_capacity`.
+            not divide, a block that there is not or that cannot serve. Not for length + T > capacity, which is data:
+            see `check_capacity`.
     """
     _check(q, k_cache, v_cache, segment_ids, cache_segment_ids, sharded_tokens, axis_name, tile_size)
     if sharded_tokens:
         q = lax.all_gather(q, axis_name, axis=1, tiled=True)
         if segment_ids is not None:
             segment_ids = lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
-    cache = _Cache(k_cache, v_cache, cache_segment_ids, _Slots.of(k_cache, axis_name, slot_block))
+    cache = Cache(k_cache, v_cache, cache_segment_ids, Slots.of(k_cache, axis_name, slot_block))
     scoring = Scoring(scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale, soft_cap=soft_cap)
     length_b = jnp.atleast_1d(jnp.asarray(length, jnp.int32))
-    partial = _attend(q, segment_ids, length_b, cache, mask, scoring, alibi_slopes, tile_size)
+    block = _native_block(q, cache, local, mask=mask, scoring=scoring, alibi=alibi_slopes is not None)
+    if block is None:
+        partial = attend_by_tiles(q, segment_ids, length_b, cache, mask, scoring, alibi_slopes, tile_size)
+    else:
+        partial = _attend_at_once(block, q, segment_ids, length_b, cache, mask, scoring, alibi_slopes)
     if axis_name is not None:
         partial = _merge_over_devices(partial, axis_name, scatter=sharded_tokens)
     return jnp.swapaxes(finish(partial)[0], 1, 2).astype(q.dtype)
@@ -123,7 +125,7 @@ def write_cache(
             f"k and v must be [{B}, tokens, {K}, {D}] for caches {k_cache.shape} and {v_cache.shape}, "
             f"got {k.shape} and {v.shape}"
         )
-    slots = _Slots.of(k_cache, axis_name, slot_block)
+    slots = Slots.of(k_cache, axis_name, slot_block)
     if sharded_tokens:
         k, v = (lax.all_gather(x, axis_name, axis=1, tiled=True) for x in (k, v))
     heads_first = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
@@ -146,99 +148,73 @@ def write_segment_ids(
     if sharded_tokens:
         segment_ids = lax.all_gather(segment_ids, axis_name, axis=1, tiled=True)
     cache_B1S1 = cache_segment_ids[:, None, :, None]
-    slots = _Slots.of(cache_B1S1, axis_name, slot_block)
+    slots = Slots.of(cache_B1S1, axis_name, slot_block)
     return _write(cache_B1S1, segment_ids[:, None, :, None], length=length, slots=slots)[:, 0, :, 0]
 
 
-def slot_positions(slots: int, *, ring_size: int, slot_block: int = DEFAULT_SLOT_BLOCK) -> Int32[np.ndarray, " slots"]:
-    """The position that each slot of a whole cache holds, the devices' slots one after the other.
+def _native_block(
+    q: Array, cache: Cache, local: DecodeBlock, *, mask: Mask, scoring: Scoring, alibi: bool
+) -> LocalBlock | None:
+    """The block of a CPU, where it is wanted and serves; None is XLA's tiles.
 
-    `x[..., slot_positions(...), :]` brings keys in the order of their positions into that of a cache that is then
-    sharded over `ring_size` devices; `np.argsort` of it is the way back.
+    Raises:
+        ValueError: It is asked for and cannot serve.
     """
-    if slots % ring_size:
-        raise ValueError(f"{slots} slots cannot be shared by {ring_size} devices; use a multiple of {ring_size}")
-    count = slots // ring_size
-    check_slots(count, ring_size=ring_size, slot_block=slot_block)
-    local = np.arange(count, dtype=np.int32)
-    of = [_Slots(device, ring_size, slot_block, count).position(local) for device in range(ring_size)]
-    return np.concatenate(of).astype(np.int32)
+    if local not in DECODE_BLOCKS:
+        raise ValueError(f"unknown block {local!r} for decoding; choose one of {', '.join(DECODE_BLOCKS)}")
+    if local == "xla":
+        return None
+    demand = Demand(
+        dtype=q.dtype.name,
+        head_dim=q.shape[3],
+        query_heads=q.shape[2],
+        key_value_heads=cache.k.shape[1],
+        length=cache.slots.count,
+        devices=cache.slots.ring_size,
+        relations=(Relation(mask),),
+        segments=cache.segment_ids is not None,
+        alibi=alibi,
+        scoring=scoring,
+        log_sum_exp_gradient=False,
+    )
+    block = block_named("native_cpu", demand, block_size=None)
+    refusal = block.refusal(demand)
+    if not q.dtype == cache.k.dtype == cache.v.dtype:
+        refusal = f"queries of {q.dtype} and caches of {cache.k.dtype} and {cache.v.dtype} are not of one dtype"
+    if refusal is not None and local == "native_cpu":
+        raise ValueError(f'decoding with local="native_cpu" cannot serve: {refusal}; local="xla" serves everything')
+    return None if refusal is not None else block
 
 
-def check_slots(slots: int, *, ring_size: int, slot_block: int) -> None:
-    """Raises ValueError unless each of `ring_size` devices can keep whole blocks in its `slots` slots."""
-    if slot_block < 1:
-        raise ValueError(f"slot_block must be at least 1 position, got {slot_block}")
-    if ring_size > 1 and slots % slot_block:
-        fit = -(-slots // slot_block) * slot_block
-        raise ValueError(f"{slots} cache slots a device are not divisible by slot_block {slot_block}; use {fit}")
+def _attend_at_once(
+    block: LocalBlock,
+    q_BTHD: Array,
+    segments_BT: Array | None,
+    length_b: Array,
+    cache: Cache,
+    mask: Mask,
+    scoring: Scoring,
+    alibi_slopes: Array | None,
+) -> Partial:
+    """The softmax over this device's slots by a block that looks at positions: what is not yet filled lies ahead."""
+    B, T = q_BTHD.shape[:2]
+    positions_bT = length_b[:, None] + jnp.arange(T, dtype=jnp.int32)
+    key_positions_1S = cache.slots.position(jnp.arange(cache.slots.count, dtype=jnp.int32))[None]
+    key_segments_BS = cache.segment_ids
+    _, ahead = mask.reach()
+    if ahead != 0:
+        # Where a query may look ahead, what is not yet filled must be hidden otherwise: it is padding.
+        filled_bS = key_positions_1S < length_b[:, None] + T
+        segments_BT = jnp.zeros((B, T), jnp.int32) if segments_BT is None else segments_BT
+        key_segments_BS = jnp.where(filled_bS, 0 if key_segments_BS is None else key_segments_BS, -1)
+        key_segments_BS = jnp.broadcast_to(key_segments_BS, (B, cache.slots.count)).astype(jnp.int32)
+    slopes_1H = None if alibi_slopes is None else alibi_slopes.astype(jnp.float32)[None]
+    queries = Queries(jnp.swapaxes(q_BTHD, 1, 2), positions_bT, segments_BT, slopes_1H)
+    keys = Keys(cache.k, cache.v, key_positions_1S, key_segments_BS)
+    return begin(*block.forward(queries, keys, relation=Relation(mask), scoring=scoring))
 
 
-def check_capacity(length: int | np.ndarray | Array, *, new_tokens: int, capacity: int) -> None:
-    """Raises ValueError unless every row has room for `new_tokens` after its `length` cached ones.
-
-    For the host, before a step: under jit `length` is not known yet, and an overfull cache drops the tokens it has no
-    slot for, so that they do not see themselves. `capacity` is that of all devices together.
-    """
-    longest = int(np.max(np.asarray(length)))
-    if longest + new_tokens > capacity:
-        raise ValueError(
-            f"{longest} cached and {new_tokens} new tokens need {longest + new_tokens} cache slots, but there are "
-            f"{capacity}; make a larger cache or feed at most {max(capacity - longest, 0)} tokens"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slots:
-    """Which positions the `count` slots of one device hold."""
-
-    device: int | Array
-    ring_size: int
-    block: int
-    count: int
-
-    @staticmethod
-    def of(cache: Array, axis_name: str | None, slot_block: int) -> "_Slots":
-        count = cache.shape[2]
-        if axis_name is None:
-            return _Slots(0, 1, slot_block, count)
-        ring_size = lax.axis_size(axis_name)
-        check_slots(count, ring_size=ring_size, slot_block=slot_block)
-        return _Slots(lax.axis_index(axis_name), ring_size, slot_block, count)
-
-    def position(self, slot):
-        if self.ring_size == 1:
-            return slot
-        return (slot // self.block * self.ring_size + self.device) * self.block + slot % self.block
-
-    def before(self, position: Array) -> Array:
-        """How many slots lie before the first one that holds `position` (not negative) or a later one."""
-        if self.ring_size == 1:
-            return jnp.minimum(position, self.count)
-        blocks, rest = position // self.block, position % self.block
-        whole = (blocks - self.device + self.ring_size - 1) // self.ring_size * self.block
-        return jnp.minimum(whole + jnp.where(blocks % self.ring_size == self.device, rest, 0), self.count)
-
-    def most(self, tokens: int) -> int:
-        """The most slots that `tokens` consecutive positions, wherever they start, can fill."""
-        if self.ring_size == 1:
-            return min(tokens, self.count)
-        blocks = (tokens + self.block - 2) // self.block + 1
-        return min(tokens, -(-blocks // self.ring_size) * self.block, self.count)
-
-
-class _Cache(NamedTuple):
-    k: Array
-    v: Array
-    segment_ids: Array | None
-    slots: _Slots
-
-    def tile(self, start: Array | int, size: int) -> tuple[Array, Array, Array | None]:
-        cut = lambda x, axis: lax.dynamic_slice_in_dim(x, start, size, axis)  # noqa: E731
-        return cut(self.k, 2), cut(self.v, 2), None if self.segment_ids is None else cut(self.segment_ids, 1)
-
-
-def _write(cache_BKSD: Array, new_BKTD: Array, *, length, slots: _Slots) -> Array:
+def _write(cache_BKSD: Array, new_BKTD: Array, *, length, slots: Slots) -> Array:
     """New tokens fill consecutive slots of a device: read that stretch, put in what is new, write it back.
 
     One slice in, one out: compilers update a donated cache in place, which a scatter of single tokens may not be.
@@ -255,105 +231,6 @@ def _write(cache_BKSD: Array, new_BKTD: Array, *, length, slots: _Slots) -> Arra
 
     length = jnp.asarray(length, jnp.int32)
     return (vmap(write) if length.ndim else write)(cache_BKSD, new_BKTD, length)
-
-
-def _attend(
-    q_BTHD: Array,
-    segments_BT: Array | None,
-    length_b: Array,
-    cache: _Cache,
-    mask: Mask,
-    scoring: Scoring,
-    alibi_slopes: Array | None,
-    tile_size: int,
-) -> Partial:
-    """The softmax over this device's slots, by tiles of queries and, within each, tiles of slots."""
-    B, T, H, D = q_BTHD.shape
-    K = cache.k.shape[1]
-    stop_b = length_b + T
-    count = -(-T // tile_size)
-    rows = -(-T // count)
-    slots_a_tile = min(cache.slots.count, tile_size * min(4, max(1, tile_size // rows)))
-
-    def attend_rows(index, q_BtHD, segments_Bt) -> Partial:
-        positions_bt = length_b[:, None] + index * rows + jnp.arange(rows)
-        q_BKGtD = jnp.moveaxis(q_BtHD.reshape(B, rows, K, H // K, D), 1, 3)
-
-        def extend(j, partial):
-            # The last tile is moved back to end at the last slot; what it shares with the one before is hidden.
-            start = jnp.minimum(j * slots_a_tile, cache.slots.count - slots_a_tile)
-            k_BKsD, v_BKsD, key_segments_Bs = cache.tile(start, slots_a_tile)
-            slot_s = start + jnp.arange(slots_a_tile)
-            key_positions_bs = jnp.broadcast_to(cache.slots.position(slot_s), (length_b.shape[0], slots_a_tile))
-            seen_bts = visible(mask, positions_bt, key_positions_bs, segments_Bt, key_segments_Bs)
-            seen_bts &= (slot_s >= j * slots_a_tile) & (key_positions_bs < stop_b[:, None])[:, None]
-            logits_BKGts = scoring.scale * float32_einsum("bkgtd,bksd->bkgts", q_BKGtD, k_BKsD)
-            if scoring.soft_cap is not None:
-                logits_BKGts = scoring.soft_cap * jnp.tanh(logits_BKGts / scoring.soft_cap)
-            if alibi_slopes is not None:
-                distance_bts = jnp.abs(positions_bt[:, :, None] - key_positions_bs[:, None, :]).astype(jnp.float32)
-                slopes_KG = alibi_slopes.astype(jnp.float32).reshape(K, H // K)
-                logits_BKGts -= slopes_KG[:, :, None, None] * distance_bts[:, None, None]
-            return _extend(partial, logits_BKGts, seen_bts, v_BKsD)
-
-        zeros_BKGtD = jnp.zeros(q_BKGtD.shape, jnp.float32)
-        empty_BKGt = jnp.full(q_BKGtD.shape[:-1], -jnp.inf)
-        partial = vary_alike(zeros_BKGtD, empty_BKGt, zeros_BKGtD[..., 0], q_BKGtD, cache.k, length_b)[:3]
-        if slots_a_tile == cache.slots.count:
-            partial = extend(0, partial)
-        else:
-            low, high = _seen_stretch(mask, length_b, T, first=index * rows, rows=rows)
-            first, end = cache.slots.before(low) // slots_a_tile, -(-cache.slots.before(high) // slots_a_tile)
-            partial = lax.fori_loop(first, end, extend, partial)
-        numerator_BKGtD, maximum_BKGt, denominator_BKGt = partial
-        rows_BHt = (B, H, rows)
-        return Partial(
-            numerator_BKGtD.reshape(B, H, rows, D),
-            maximum_BKGt.reshape(rows_BHt),
-            denominator_BKGt.reshape(rows_BHt),
-        )
-
-    if count == 1:
-        return attend_rows(0, q_BTHD, segments_BT)
-    tiles = lambda x: None if x is None else _row_tiles(x, count, rows)  # noqa: E731
-    operands = (jnp.arange(count), tiles(q_BTHD), tiles(segments_BT))
-    numerator, maximum, denominator = lax.map(lambda operand: attend_rows(*operand), operands)
-    joined = lambda x: jnp.moveaxis(x, 0, 2).reshape(B, H, count * rows, *x.shape[4:])[:, :, :T]  # noqa: E731
-    return Partial(joined(numerator), joined(maximum), joined(denominator))
-
-
-def _extend(
-    partial: tuple[Array, Array, Array],
-    logits_BKGts: Float32[Array, "B K G t s"],
-    seen_bts: Bool[Array, "b t s"],
-    v_BKsD: Float[Array, "B K s D"],
-) -> tuple[Array, Array, Array]:
-    """One step of the online softmax."""
-    numerator, maximum, denominator = partial
-    logits_BKGts = jnp.where(seen_bts[:, None, None], logits_BKGts, -jnp.inf)
-    new_maximum = jnp.maximum(maximum, jnp.max(logits_BKGts, axis=-1))
-    # -inf - -inf is NaN; rows that have seen nothing need weights of zero, which any finite maximum gives.
-    finite = jnp.where(new_maximum > -jnp.inf, new_maximum, 0.0)
-    weights_BKGts = jnp.exp(logits_BKGts - finite[..., None])
-    kept = jnp.exp(maximum - finite)
-    value = float32_einsum("bkgts,bksd->bkgtd", weights_BKGts.astype(v_BKsD.dtype), v_BKsD)
-    return kept[..., None] * numerator + value, new_maximum, kept * denominator + jnp.sum(weights_BKGts, axis=-1)
-
-
-def _seen_stretch(mask: Mask, length_b: Array, tokens: int, *, first, rows: int) -> tuple[Array, Array]:
-    """Positions [low, high) outside of which no row's new tokens first .. first + rows - 1 see anything."""
-    back, ahead = mask.reach()
-    written = jnp.max(length_b) + tokens
-    low = jnp.int32(0) if back is None else jnp.maximum(jnp.min(length_b) + first - back, 0)
-    high = written if ahead is None else jnp.minimum(jnp.max(length_b) + first + rows + ahead, written)
-    return low, high
-
-
-def _row_tiles(x_BT: Array, count: int, rows: int) -> Array:
-    """[B, T, ...] -> [count, B, rows, ...], padded with zeros at the end."""
-    B, T, *rest = x_BT.shape
-    x_BT = jnp.pad(x_BT, [(0, 0), (0, count * rows - T)] + [(0, 0)] * len(rest))
-    return jnp.moveaxis(x_BT.reshape(B, count, rows, *rest), 1, 0)
 
 
 def _merge_over_devices(partial: Partial, axis_name: str, *, scatter: bool) -> Partial:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ring_rl.kernels.decode import DEFAULT_SLOT_BLOCK, write_cache
+from ring_rl.kernels.cache_slots import DEFAULT_SLOT_BLOCK
+from ring_rl.kernels.decode import write_cache
 from ring_rl.typing import Array, Float, Int, Int32
 
 
@@ -27,7 +28,7 @@ class LayerCache:
         last_inputs: The last n inputs of the layer's convolution, all of them on every device; None without one.
         last_keys: The last key before it was mixed with the one before it; None where keys are not shifted.
         axis_name: The mesh axis whose devices share the slots, under `jax.shard_map`; None: all of them are here.
-        slot_block: Positions dealt to a device at a time; see `ring_rl.kernels.decode`.
+        slot_block: Positions dealt to a device at a time; see `ring_rl.kernels.cache_slots`.
     """
 
     k: Float[Array, "B K S D"]

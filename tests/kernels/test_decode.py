@@ -1,3 +1,5 @@
+import os
+import shutil
 from functools import partial
 
 import jax
@@ -9,19 +11,18 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from ring_rl.kernels.decode import (
-    check_capacity,
-    decode_attention,
-    slot_positions,
-    write_cache,
-    write_segment_ids,
-)
+from ring_rl.kernels.cache_slots import check_capacity, slot_positions
+from ring_rl.kernels.decode import decode_attention, write_cache, write_segment_ids
+from ring_rl.kernels.local.native_build import COMPILERS
 from ring_rl.kernels.mask import CAUSAL, FULL, Mask
 from ring_rl.kernels.reference import reference_attention
 
 HEAD_DIM = 4
 BATCH = 2
 TOKENS = 40  # the longest sequence: shapes are few, so that few programs are compiled, and lengths are data
+# C++ is tested where it can be compiled.
+COMPILER = any(map(shutil.which, (os.environ.get("CXX") or "", *COMPILERS)))
+LOCAL = ("xla", "native_cpu") if COMPILER else ("xla",)
 TOKEN_SPEC, CACHE_SPEC = P(), P(None, None, "sp")
 
 
@@ -83,18 +84,19 @@ def on_mesh(function, ring_size, *, sharded_tokens=False):
     new=st.sampled_from([1, 3]),
     heads=st.sampled_from([(4, 2), (3, 1)]),
     tile_size=st.sampled_from([3, 1024]),
+    local=st.sampled_from(LOCAL),
 )
-def test_equals_the_last_rows_of_causal_attention(seed, length, new, heads, tile_size):
+def test_equals_the_last_rows_of_causal_attention(seed, length, new, heads, tile_size, local):
     q, k, v = random_qkv(seed, heads=heads)
     # Slots after the new tokens are not yet written; what lies in them must not matter.
     fill = partial(filled_cache, length=length + new, slots=TOKENS)
-    got = plain_decode(rows_at(q, length, new), fill(k), fill(v), length, tile_size=tile_size)
+    got = plain_decode(rows_at(q, length, new), fill(k), fill(v), length, tile_size=tile_size, local=local)
     np.testing.assert_allclose(got, rows_at(expected_causal(q, k, v), length, new), atol=1e-5)
 
 
-@partial(jax.jit, static_argnames="tile_size")
-def plain_decode(q, k_cache, v_cache, length, *, tile_size):
-    return decode_attention(q, k_cache, v_cache, length=length, tile_size=tile_size)
+@partial(jax.jit, static_argnames=("tile_size", "local"))
+def plain_decode(q, k_cache, v_cache, length, *, tile_size, local):
+    return decode_attention(q, k_cache, v_cache, length=length, tile_size=tile_size, local=local)
 
 
 @settings(max_examples=12)  # nearly every example is a compilation of its own
@@ -107,8 +109,11 @@ def plain_decode(q, k_cache, v_cache, length, *, tile_size):
     tile_size=st.sampled_from([2, 5]),
     heads=st.sampled_from([(2, 2), (4, 1), (6, 2)]),
     virtual=st.booleans(),
+    local=st.sampled_from(LOCAL),
 )
-def test_a_sharded_cache_equals_the_reference(seed, ring_size, length, new, slot_block, tile_size, heads, virtual):
+def test_a_sharded_cache_equals_the_reference(
+    seed, ring_size, length, new, slot_block, tile_size, heads, virtual, local
+):
     q, k, v = random_qkv(seed, heads=heads)
     fill = partial(
         filled_cache,
@@ -117,7 +122,8 @@ def test_a_sharded_cache_equals_the_reference(seed, ring_size, length, new, slot
         slot_block=slot_block,
     )
     k_before, v_before, k_after = fill(k, length=length), fill(v, length=length), fill(k, length=length + new)
-    function = partial(step, write={"axis_name": "sp", "slot_block": slot_block}, attend={"tile_size": tile_size})
+    attend = {"tile_size": tile_size, "local": local}
+    function = partial(step, write={"axis_name": "sp", "slot_block": slot_block}, attend=attend)
     newest = [rows_at(x, length, new) for x in (q, k, v)]
     if virtual:  # a ring of any size on one device
         split = lambda x: x.reshape(*x.shape[:2], ring_size, -1, HEAD_DIM)  # noqa: E731
@@ -141,6 +147,7 @@ MASKS = [
 ]
 
 
+@pytest.mark.parametrize("local", LOCAL)
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @settings(max_examples=2)
 @given(
@@ -150,7 +157,7 @@ MASKS = [
     slopes=st.sampled_from([None, (0.5, 0.25, 0.1, 0.0)]),
     segmented=st.booleans(),
 )
-def test_masks_scores_segments_and_rows_of_different_lengths(mask, seed, lengths, soft_cap, slopes, segmented):
+def test_masks_scores_segments_and_rows_of_different_lengths(mask, local, seed, lengths, soft_cap, slopes, segmented):
     ring_size, slot_block, new = 4, 2, 7
     q, k, v = random_qkv(seed, heads=(4, 2))
     # Ids from -1 on: some tokens are padding, so that some rows see nothing.
@@ -173,7 +180,7 @@ def test_masks_scores_segments_and_rows_of_different_lengths(mask, seed, lengths
         if segmented:
             segment_cache = write_segment_ids(segment_cache, new_segments, **at)
             packing = {"segment_ids": new_segments, "cache_segment_ids": segment_cache}
-        scores = {"scale": 0.7, "soft_cap": soft_cap, "alibi_slopes": slopes}
+        scores = {"scale": 0.7, "soft_cap": soft_cap, "alibi_slopes": slopes, "local": local}
         return decode_attention(q, k_cache, v_cache, **at, mask=mask, tile_size=3, **scores, **packing)
 
     mesh = Mesh(np.array(jax.devices()[:ring_size]), ("sp",))
@@ -210,11 +217,14 @@ def test_chunked_prefill_equals_one_shot_equals_reference(ring_size, sharded_tok
     np.testing.assert_allclose(results[1], results[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("local", LOCAL)
 @pytest.mark.parametrize("ring_size", [1, 8])
-def test_bfloat16_is_as_good_as_the_naive_computation(ring_size):
+def test_bfloat16_is_as_good_as_the_naive_computation(ring_size, local):
     new, length = 8, TOKENS - 8
     q, k, v = (x.astype(jnp.bfloat16) for x in random_qkv(3, heads=(4, 2)))
-    run = on_mesh(partial(step, write={"axis_name": "sp", "slot_block": 1}, attend={"tile_size": 3}), ring_size)
+    run = on_mesh(
+        partial(step, write={"axis_name": "sp", "slot_block": 1}, attend={"tile_size": 3, "local": local}), ring_size
+    )
     fill = partial(filled_cache, length=length, slots=TOKENS, ring_size=ring_size, slot_block=1)
     out, k_cache, _ = run(*(rows_at(x, length, new) for x in (q, k, v)), fill(k), fill(v), length)
     assert out.dtype == k_cache.dtype == jnp.bfloat16
@@ -279,7 +289,7 @@ def test_a_prefill_chunk_never_holds_all_of_its_scores():
     cache = jax.ShapeDtypeStruct((1, 1, slots, HEAD_DIM), jnp.bfloat16)
 
     def temporary_bytes(tile_size):
-        run = jax.jit(partial(decode_attention, length=jnp.int32(0), tile_size=tile_size))
+        run = jax.jit(partial(decode_attention, length=jnp.int32(0), tile_size=tile_size, local="xla"))
         return run.lower(tokens, cache, cache).compile().memory_analysis().temp_size_in_bytes
 
     tile = 64
@@ -332,10 +342,33 @@ def test_tiles_that_nobody_sees_are_not_read(mask, first_read):
     slots = np.arange(TOKENS)[:, None]
     unread = (slots < first_read) | (slots >= length + new)
     fill = lambda x: np.where(unread, np.float32(np.nan), filled_cache(x, length=TOKENS, slots=TOKENS))  # noqa: E731
-    decode = jax.jit(partial(decode_attention, mask=mask, tile_size=4))
+    decode = jax.jit(partial(decode_attention, mask=mask, tile_size=4, local="xla"))
     out = decode(rows_at(q, length, new), fill(k), fill(v), length=length)
     expected = expected_rows(q, k, v, np.zeros((BATCH, TOKENS), np.int32), None, mask=mask)
     np.testing.assert_allclose(out, rows_at(expected, length, new), atol=1e-5)
+
+
+@pytest.mark.skipif(not COMPILER, reason="the block is compiled where it runs, and there is no C++ compiler here")
+def test_a_cpus_block_reads_no_tile_that_nobody_sees():
+    """Tiles of 64 slots: of the four here the first two are behind the window, and the last is not yet filled."""
+    slots, length, new, mask = 256, 180, 4, Mask(causal=True, window=20)
+    q, k, v = random_qkv(6, heads=(2, 2), tokens=slots)
+    unread = (np.arange(slots) < 128)[:, None] | (np.arange(slots) >= 192)[:, None]
+    fill = lambda x: np.where(unread, np.float32(np.nan), filled_cache(x, length=slots, slots=slots))  # noqa: E731
+    decode = jax.jit(partial(decode_attention, mask=mask, local="native_cpu"))
+    out = decode(rows_at(q, length, new), fill(k), fill(v), length=length)
+    expected = expected_rows(q, k, v, np.zeros((BATCH, slots), np.int32), None, mask=mask)
+    np.testing.assert_allclose(out, rows_at(expected, length, new), atol=1e-5)
+
+
+def test_blocks_that_cannot_decode_are_refused():
+    q, cache = jnp.zeros((1, 1, 2, 4)), jnp.zeros((1, 2, 8, 4))
+    with pytest.raises(ValueError, match="unknown block 'cudnn' for decoding; choose one of auto, xla, native_cpu"):
+        decode_attention(q, cache, cache, length=0, local="cudnn")
+    half = cache.astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match=r'queries of float32 and caches of bfloat16.*local="xla" serves everything'):
+        decode_attention(q, half, half, length=0, local="native_cpu")
+    assert decode_attention(q, half, half, length=0).dtype == q.dtype
 
 
 def test_tokens_of_another_shape_than_the_cache_are_refused():

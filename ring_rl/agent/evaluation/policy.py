@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from ring_rl.agent.chain_batch import ChainBatch
 from ring_rl.agent.model import AgenticTransformer, AgentModel, Memory, ModelConfig, SequenceModelConfig, make_model
 from ring_rl.agent.tokens import tokens_per_step
-from ring_rl.kernels.decode import DEFAULT_SLOT_BLOCK
+from ring_rl.kernels.cache_slots import DEFAULT_SLOT_BLOCK
 from ring_rl.nn.kv_cache import KVCache
 from ring_rl.nn.parallel import SequenceParallel
 from ring_rl.typing import Array, Float32, PRNGKeyArray, PyTree, Shaped

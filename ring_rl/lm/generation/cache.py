@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ring_rl.kernels.decode import DEFAULT_SLOT_BLOCK
+from ring_rl.kernels.cache_slots import DEFAULT_SLOT_BLOCK
 from ring_rl.lm.model import LanguageModelConfig
 from ring_rl.nn.parallel import SequenceParallel
 
@@ -16,7 +16,7 @@ class CacheSize(NamedTuple):
 
     Attributes:
         slots: Of a row, on all devices together.
-        slot_block: Positions dealt to a device at a time, as in `ring_rl.kernels.decode`.
+        slot_block: Positions dealt to a device at a time, as in `ring_rl.kernels.cache_slots`.
     """
 
     slots: int
