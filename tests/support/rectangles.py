@@ -19,7 +19,7 @@ from ring_rl.kernels.tokens import Cotangents, Keys, Queries
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 PLAIN = Scoring(scale=0.3)
 # Of the error of dense attention in float32, and of the largest value beside it.
-_NAIVE_FACTOR, _SLACK = 2, 2e-6
+_NAIVE_FACTOR, _SLACK = 2, 5e-6
 # Positions are padded to it before jax sees them: of one size they need one compilation.
 _MOST_TOKENS = 320
 
