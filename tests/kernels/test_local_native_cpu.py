@@ -174,6 +174,16 @@ def test_very_negative_log_sum_exp_does_not_overflow_what_fills_a_tile():
         assert np.abs(ours - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("too_low", [100, 200, 1e10])
+def test_a_log_sum_exp_that_cannot_be_shows(too_low):
+    """As in the XLA block: weights of e^100 are infinite, and no finite number that their bits happen to make."""
+    rectangle = made_up(T=5, S=5, heads=(1, 1))
+    lse = np.full((1, 1, 5), -too_low, np.float32)
+    for block in (BLOCK, XlaBlock(block_size=TILE)):
+        for gradient in run(block, rectangle, lse, np.zeros_like(lse)):
+            assert not np.isfinite(gradient).any()
+
+
 def _reached(seen: np.ndarray, poisoned: str, at: int) -> dict[str, np.ndarray]:
     """Which rows of each result a broken row of an operand reaches by definition, `seen` being [T, S]."""
     # A row that sees nothing hands on nothing.

@@ -302,7 +302,9 @@ struct Backward {
       for (int s = 0; s < lanes; s += kLanes) {
         const int at = t * kTile + s;
         const Floats score = load(weights + at);
-        Floats weight = exp(score - lse[t]), d_weight = load(d_scores + at);
+        // No weight is above 1, unless the log-sum-exp is wrong: that must show as infinity.
+        const Floats log_weight = score - lse[t];
+        Floats weight = exp(log_weight > 89.0f ? all(89.0f) : log_weight), d_weight = load(d_scores + at);
         // A row whose log-sum-exp is NaN brings that to the keys that it sees.
         if (sees == Sight::some) weight = score == kHidden ? Floats{} : weight;
         Floats reached = weight;
