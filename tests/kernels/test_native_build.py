@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from setuptools import Distribution
-from setuptools.config.pyprojecttoml import apply_configuration
 
 from ring_rl.kernels.local import native_build, native_cpu
 from ring_rl.kernels.local.block import DIAGONAL, Demand, Scoring
@@ -223,7 +221,9 @@ def test_two_processes_that_build_at_once_both_work(compiler, cache):
 def test_the_sources_are_part_of_the_package(monkeypatch):
     """By what setuptools would put into a wheel."""
     monkeypatch.chdir(ROOT)
-    distribution = apply_configuration(Distribution(), "pyproject.toml")
+    setuptools = pytest.importorskip("setuptools", reason="setuptools, which builds wheels, is not installed")
+    pyprojecttoml = pytest.importorskip("setuptools.config.pyprojecttoml")
+    distribution = pyprojecttoml.apply_configuration(setuptools.Distribution(), "pyproject.toml")
     # Files under version control are asked for with a manifest, which would be written here.
     distribution.include_package_data = False
     command = distribution.get_command_obj("build_py")
