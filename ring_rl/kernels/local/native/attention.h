@@ -62,7 +62,9 @@ inline void finish_scores(const Rectangle& r, const Stretch& q, const Stretch& k
 struct Forward {
   Rectangle r;
   float *out, *log_sum_exp;
+  Side query_side, key_side;
 
+  void prepare() { query_side = r.query_side(), key_side = r.key_side(); }
   int64_t query_packs() const { return (r.T + kPacked * kTile - 1) / (kPacked * kTile); }
   int64_t pieces() const { return r.rows * r.query_heads * query_packs(); }
 
@@ -85,16 +87,11 @@ struct Forward {
     float *all_denominators = take(kPacked * kTile), *all_maxima = take(kPacked * kTile);
 
     Stretch queries[kPacked], keys;
-    const int32_t* query_positions = r.query_positions + row / r.rows_a_query_position * r.T;
-    const int32_t* key_positions = r.key_positions + row / r.rows_a_key_position * r.S;
-    const int32_t* query_segments = r.query_segments ? r.query_segments + row * r.T : nullptr;
-    const int32_t* key_segments = r.key_segments ? r.key_segments + row * r.S : nullptr;
     const float slope = r.slopes ? r.slopes[row / r.rows_a_slope * r.query_heads + head] : 0;
     for (int i = 0; i < tiles; ++i) {
-      const int64_t first = start + i * kTile, count = std::min<int64_t>(kTile, r.T - first);
-      pack_rows(r.q, r.half_width, row_head * r.T + first, count, r.D, width, r.scale, q + i * kTile * width);
-      queries[i].fill(query_positions + first, query_segments ? query_segments + first : nullptr, count,
-                      r.causal_block);
+      queries[i].fill(query_side, row, pack * kPacked + i, r.causal_block);
+      const int64_t from = row_head * r.T + start + i * kTile;
+      pack_rows(r.q, r.half_width, from, queries[i].count, r.D, width, r.scale, q + i * kTile * width);
     }
     std::fill(sums, sums + tiles * kTile * width, 0.0f);
     std::fill(denominators, denominators + tiles * kTile * kLanes, 0.0f);
@@ -127,23 +124,23 @@ struct Forward {
     };
 
     uint32_t key_bits[kTile];
-    for (int64_t first = 0; first < r.S; first += kTile) {
-      if (first % (kTilesASum * kTile) == 0 && !empty) {
+    for (int64_t tile = 0; tile < key_side.tiles(); ++tile) {
+      if (tile % kTilesASum == 0 && !empty) {
         settle(false);
         std::fill(sums, sums + tiles * kTile * width, 0.0f);
         std::fill(denominators, denominators + tiles * kTile * kLanes, 0.0f);
         empty = true;
       }
-      const int64_t count = std::min<int64_t>(kTile, r.S - first);
-      keys.fill(key_positions + first, key_segments ? key_segments + first : nullptr, count, r.causal_block);
+      const Span& span = key_side.span(row, tile);
       bool packed = false;
       for (int i = 0; i < tiles; ++i) {
-        const Sight sees = sight(r, queries[i], keys);
+        const Sight sees = sight(r, queries[i], span);
         if (sees == Sight::none) continue;
         if (!packed) {
-          const int64_t from = (row * r.key_heads + key_head) * r.S + first;
-          pack_columns(r.k, r.half_width, from, count, r.D, kT);
-          pack_rows(r.v, r.half_width, from, count, r.D, width, 1.0f, v);
+          keys.fill(key_side, row, tile, r.causal_block);
+          const int64_t from = (row * r.key_heads + key_head) * r.S + tile * kTile;
+          pack_columns(r.k, r.half_width, from, keys.count, r.D, kT);
+          pack_rows(r.v, r.half_width, from, keys.count, r.D, width, 1.0f, v);
           if (r.drop_below) fill_key_bits(keys, key_bits);
           packed = true;
         }
@@ -196,7 +193,9 @@ struct Backward {
   const float *log_sum_exp, *delta;
   int64_t shares;
   float *dq, *dk, *dv;  // dq: [rows, shares, H, T, D]
+  Side query_side, key_side;
 
+  void prepare() { query_side = r.query_side(), key_side = r.key_side(); }
   int64_t pieces() const { return r.rows * r.key_heads * shares; }
 
   void piece(int64_t index) const {
@@ -219,21 +218,15 @@ struct Backward {
 
     Stretch queries, keys[kPacked];
     uint32_t key_bits[kPacked * kTile];
-    const int32_t* query_positions = r.query_positions + row / r.rows_a_query_position * r.T;
-    const int32_t* key_positions = r.key_positions + row / r.rows_a_key_position * r.S;
-    const int32_t* query_segments = r.query_segments ? r.query_segments + row * r.T : nullptr;
-    const int32_t* key_segments = r.key_segments ? r.key_segments + row * r.S : nullptr;
-
     for (int64_t p = share; p < packs; p += shares) {
       const int64_t start = p * pack, from = (row * r.key_heads + key_head) * r.S + start;
       const int tiles = static_cast<int>(std::min<int64_t>(kPacked, (r.S - start + kTile - 1) / kTile));
       for (int j = 0; j < tiles; ++j) {
-        const int64_t first = j * kTile, count = std::min<int64_t>(kTile, r.S - start - first);
+        keys[j].fill(key_side, row, p * kPacked + j, r.causal_block);
+        const int64_t first = j * kTile, count = keys[j].count;
         pack_columns(r.k, r.half_width, from + first, count, r.D, kT + j * kTile * D);
         pack_columns(r.v, r.half_width, from + first, count, r.D, vT + j * kTile * D);
         pack_rows(r.k, r.half_width, from + first, count, r.D, width, 1.0f, k + j * kTile * width);
-        keys[j].fill(key_positions + start + first, key_segments ? key_segments + start + first : nullptr, count,
-                     r.causal_block);
         if (r.drop_below) fill_key_bits(keys[j], key_bits + j * kTile);
       }
       std::fill(dk_sum, dk_sum + tiles * kTile * width, 0.0f);
@@ -249,14 +242,14 @@ struct Backward {
         }
         alone = false;
       };
-      for (int64_t first = 0; first < r.T; first += kTile) {
-        const int64_t count = std::min<int64_t>(kTile, r.T - first);
-        queries.fill(query_positions + first, query_segments ? query_segments + first : nullptr, count,
-                     r.causal_block);
+      for (int64_t tile = 0; tile < query_side.tiles(); ++tile) {
+        const Span& span = query_side.span(row, tile);
         Sight sees[kPacked];
         bool any = false;
-        for (int j = 0; j < tiles; ++j) any |= (sees[j] = sight(r, queries, keys[j])) != Sight::none;
+        for (int j = 0; j < tiles; ++j) any |= (sees[j] = sight(r, span, keys[j])) != Sight::none;
         if (!any) continue;
+        queries.fill(query_side, row, tile, r.causal_block);
+        const int64_t first = tile * kTile, count = queries.count;
         if (summed >= kTilesASum) {
           settle();
           std::fill(dk_sum, dk_sum + tiles * kTile * width, 0.0f);

@@ -22,7 +22,7 @@ ffi::Error no_memory() { return ffi::Error(ffi::ErrorCode::kResourceExhausted, "
 // caller never waits for a piece that nobody has begun: with a ring of devices on one machine the pool's threads may
 // all be busy, or waiting for what this very call computes. No exception leaves it: XLA is built without them.
 template <typename Work>
-ffi::Error run(const Work& work, ffi::ThreadPool& pool) {
+ffi::Error run(Work work, ffi::ThreadPool& pool) {
   struct Progress {
     Work work;
     int64_t pieces;
@@ -52,11 +52,12 @@ ffi::Error run(const Work& work, ffi::ThreadPool& pool) {
   std::shared_ptr<Progress> progress;
   try {
     progress = std::make_shared<Progress>();
+    progress->work = std::move(work);
+    progress->work.prepare();
+    progress->pieces = progress->work.pieces();
   } catch (const std::bad_alloc&) {
     return no_memory();
   }
-  progress->work = work;
-  progress->pieces = work.pieces();
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), progress->pieces) - 1;
   try {
     for (int64_t i = 0; i < helpers; ++i) pool.Schedule([progress] { progress->help(); });
@@ -159,7 +160,7 @@ ffi::Error forward(ffi::ThreadPool pool, Any q, Any k, Any v, Int32 query_positi
   if (out->element_count() != q.element_count() ||
       log_sum_exp->element_count() != static_cast<size_t>(r->rows * r->query_heads * r->T))
     return ffi::Error::InvalidArgument("results must be [batch, H, T, D] and [batch, H, T]");
-  return run(Forward{*r, out->typed_data(), log_sum_exp->typed_data()}, pool);
+  return run(Forward{*r, out->typed_data(), log_sum_exp->typed_data(), {}, {}}, pool);
 }
 
 ffi::Error backward(ffi::ThreadPool pool, Any q, Any k, Any v, Int32 query_positions, Int32 key_positions,
@@ -179,7 +180,7 @@ ffi::Error backward(ffi::ThreadPool pool, Any q, Any k, Any v, Int32 query_posit
       dk->element_count() != k.element_count() || dv->element_count() != k.element_count())
     return ffi::Error::InvalidArgument("results must be [batch, shares, H, T, D] and twice [batch, K, S, D]");
   return run(Backward{*r, d_out.untyped_data(), d_out.element_type() == ffi::BF16, log_sum_exp.typed_data(),
-                      delta.typed_data(), shares, dq->typed_data(), dk->typed_data(), dv->typed_data()},
+                      delta.typed_data(), shares, dq->typed_data(), dk->typed_data(), dv->typed_data(), {}, {}},
              pool);
 }
 

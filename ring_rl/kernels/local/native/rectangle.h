@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "vectors.h"
 
@@ -15,6 +16,66 @@ constexpr int kTile = 64;
 constexpr int kPacked = 4;
 
 constexpr int32_t kLeast = std::numeric_limits<int32_t>::min(), kMost = std::numeric_limits<int32_t>::max();
+
+inline int32_t block_of(int32_t position, int64_t size) {
+  const int64_t p = position;
+  return static_cast<int32_t>(p >= 0 ? p / size : -((size - 1 - p) / size));
+}
+
+// What up to kTile tokens span. Tokens that do not exist are in no span.
+struct Span {
+  int count;
+  int32_t first, last, first_block, last_block, least_segment, most_segment;
+
+  Span() = default;
+  Span(const int32_t* positions, const int32_t* segments, int64_t tokens, int64_t causal_block)
+      : count(static_cast<int>(tokens)), first(positions[0]), last(positions[0]), least_segment(0), most_segment(0) {
+    for (int t = 1; t < count; ++t) first = std::min(first, positions[t]), last = std::max(last, positions[t]);
+    // Blocks follow positions: the least is that of the least.
+    first_block = causal_block > 1 ? block_of(first, causal_block) : first;
+    last_block = causal_block > 1 ? block_of(last, causal_block) : last;
+    if (!segments) return;
+    least_segment = most_segment = segments[0];
+    for (int t = 1; t < count; ++t) {
+      least_segment = std::min(least_segment, segments[t]);
+      most_segment = std::max(most_segment, segments[t]);
+    }
+  }
+
+  // `count` rounded up to whole vectors: as far as rows of scores are computed.
+  int lanes() const { return (count + kLanes - 1) / kLanes * kLanes; }
+};
+
+// One side's tokens: what their tiles span is found once a call, so that a tile that nobody sees costs a comparison.
+class Side {
+ public:
+  Side() = default;
+  Side(const int32_t* positions, const int32_t* segments, int64_t tokens, int64_t rows, int64_t rows_a_position,
+       int64_t causal_block)
+      : positions_(positions), segments_(segments), tokens_(tokens), rows_a_position_(rows_a_position) {
+    // Rows that agree in positions differ by their documents alone.
+    rows_a_span_ = segments ? 1 : rows_a_position;
+    spans_.reserve(rows / rows_a_span_ * tiles());
+    for (int64_t row = 0; row < rows; row += rows_a_span_)
+      for (int64_t tile = 0; tile < tiles(); ++tile)
+        spans_.emplace_back(positions_of(row, tile), segments_of(row, tile),
+                            std::min<int64_t>(kTile, tokens - tile * kTile), causal_block);
+  }
+
+  int64_t tiles() const { return (tokens_ + kTile - 1) / kTile; }
+  const Span& span(int64_t row, int64_t tile) const { return spans_[row / rows_a_span_ * tiles() + tile]; }
+  const int32_t* positions_of(int64_t row, int64_t tile) const {
+    return positions_ + row / rows_a_position_ * tokens_ + tile * kTile;
+  }
+  const int32_t* segments_of(int64_t row, int64_t tile) const {
+    return segments_ ? segments_ + row * tokens_ + tile * kTile : nullptr;
+  }
+
+ private:
+  const int32_t *positions_, *segments_;
+  int64_t tokens_, rows_a_position_, rows_a_span_;
+  std::vector<Span> spans_;
+};
 
 // Everything but the arrays' contents is known when the program is compiled. Rows are those of all batches together;
 // one row of positions or slopes is that of as many of them as `rows_a_...` says. Pointers to what is not used are null.
@@ -33,8 +94,9 @@ struct Rectangle {
   int64_t group() const { return query_heads / key_heads; }
   // D rounded up to whole vectors: the width of a packed row.
   int width() const { return static_cast<int>((D + kLanes - 1) / kLanes * kLanes); }
-  bool by_position() const { return causal_block > 0 || window > 0; }
   bool changes_scores() const { return soft_cap > 0 || slopes; }
+  Side query_side() const { return {query_positions, query_segments, T, rows, rows_a_query_position, causal_block}; }
+  Side key_side() const { return {key_positions, key_segments, S, rows, rows_a_key_position, causal_block}; }
 };
 
 inline float as_float(const float* from) { return *from; }
@@ -81,37 +143,23 @@ inline void pack_columns(const void* all, bool half_width, int64_t first, int64_
     pack_columns(static_cast<const float*>(all) + first * D, count, D, to);
 }
 
-inline int32_t block_of(int32_t position, int64_t size) {
-  const int64_t p = position;
-  return static_cast<int32_t>(p >= 0 ? p / size : -((size - 1 - p) / size));
-}
-
 inline Words scramble_high(Words x) {
   x = (x ^ (x >> 16)) * 0xE782CA53u;
   return (x ^ (x >> 15)) * 0xB129DA9Bu;
 }
 
-// Where up to kTile tokens stand, and what that spans. Tokens that do not exist are in no span.
-struct Stretch {
-  int count;
-  // `count` rounded up to whole vectors: as far as rows of scores are computed.
-  int lanes() const { return (count + kLanes - 1) / kLanes * kLanes; }
-
+// Where each token of a tile stands.
+struct Stretch : Span {
   int32_t position[kTile], block[kTile], segment[kTile];
-  int32_t first, last, first_block, last_block, least_segment, most_segment;
 
-  void fill(const int32_t* positions, const int32_t* segments, int64_t tokens, int64_t causal_block) {
-    count = static_cast<int>(tokens);
-    first = first_block = least_segment = kMost;
-    last = last_block = most_segment = kLeast;
+  void fill(const Side& side, int64_t row, int64_t tile, int64_t causal_block) {
+    static_cast<Span&>(*this) = side.span(row, tile);
+    const int32_t *positions = side.positions_of(row, tile), *segments = side.segments_of(row, tile);
     for (int t = 0; t < kTile; ++t) {
       const int at = std::min(t, count - 1);
       position[t] = positions[at];
       block[t] = causal_block > 1 ? block_of(position[t], causal_block) : position[t];
       segment[t] = segments ? segments[at] : 0;
-      first = std::min(first, position[t]), last = std::max(last, position[t]);
-      first_block = std::min(first_block, block[t]), last_block = std::max(last_block, block[t]);
-      least_segment = std::min(least_segment, segment[t]), most_segment = std::max(most_segment, segment[t]);
     }
   }
 };
@@ -119,7 +167,7 @@ struct Stretch {
 enum class Sight { none, some, all };
 
 // What the tokens of a tile see of one another, judged by what they span: `some` where the spans leave it open.
-inline Sight sight(const Rectangle& r, const Stretch& q, const Stretch& k) {
+inline Sight sight(const Rectangle& r, const Span& q, const Span& k) {
   bool reachable = true, open = k.count == kTile;
   if (r.causal_block > 0) {
     reachable &= k.first_block <= q.last_block;
