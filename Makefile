@@ -1,7 +1,7 @@
 # make demo   set up, then: collect data, train three agents, evaluate them, print a table
 # make test   set up, then run the tests
 # make check  lint, format, types, import contracts
-# make bench, overlap, errors   measure the attention kernels: speed, hidden transfers, accuracy
+# make bench, decoding, overlap, errors   measure the attention kernels: speed, also of decoding, hidden transfers, accuracy
 # make limits  the longest contexts of a model on two TPU slices, compiled without a TPU: a small version of the table
 # make reproduce  the table of agents (two hours); make simulation, reader  what collecting and reading cost
 # make retrieval  the figure of line retrieval: models trained from nothing, asked beyond their trained lengths
@@ -17,7 +17,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 INSTALL := --constraint constraints.txt --editable '.[simulator,minari,cluster,lm,development]'
 
-.PHONY: demo test check format setup constraints memory engine simulation reader reproduce retrieval bench overlap limits errors figures clean
+.PHONY: demo test check format setup constraints memory engine simulation reader reproduce retrieval bench decoding overlap limits errors figures clean
 
 demo: setup
 	$(BIN)/python experiments/demo.py
@@ -67,6 +67,10 @@ bench: setup
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(TORCH) 'ringattention==0.1.2' || \
 	  echo "torch or ringattention could not be installed: their ratios will be nan"
 	$(BIN)/python experiments/bench_kernels.py overwrite=true
+
+# New tokens against a cache of keys and values: XLA beside the C++ block of a CPU, in two minutes.
+decoding: setup
+	$(BIN)/python experiments/bench_decoding.py output=experiments/results/decoding overwrite=true
 
 # Compiles the ring for v5e and v5p without a TPU and reads whether compute hides every transfer. Installs libtpu (700 MB).
 overlap: setup
