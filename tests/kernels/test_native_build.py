@@ -112,6 +112,17 @@ def test_a_compiler_that_writes_nothing_is_an_error(compiler):
         build()
 
 
+def test_a_compiler_may_come_with_arguments(compiler, tmp_path, monkeypatch):
+    log = compiler()
+    spaced = (tmp_path / "compiler").rename(tmp_path / "a compiler")
+    monkeypatch.setenv("CXX", f"env LANGUAGE=C '{spaced}'")
+    assert build().exists()
+    assert compilations(log) == 1
+    monkeypatch.setenv("CXX", "c++ 'unfinished")
+    with pytest.raises(NativeBuildError, match="is no command: No closing quotation"):
+        build()
+
+
 def test_the_processor_is_named_as_the_compiler_wants_it(compiler):
     log = compiler(macros='case "$*" in *-march*) exit 1;; esac')
     build()

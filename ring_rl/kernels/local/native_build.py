@@ -9,6 +9,7 @@ import functools
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -57,7 +58,7 @@ def build() -> Path:
     """
     compiler = _compiler()
     target, macros = _target(compiler)
-    parts = [*_FLAGS, target, macros, metadata.version("jaxlib"), _run([compiler, "--version"])]
+    parts = [*_FLAGS, target, macros, metadata.version("jaxlib"), _run([*compiler, "--version"])]
     parts += [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cc", ".h")]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = cache_folder() / f"attention-{key}.so"
@@ -75,32 +76,37 @@ def cache_folder() -> Path:
         raise NativeBuildError(f"there is no folder for compiled code ({error}); set XDG_CACHE_HOME") from None
 
 
-def _compiler() -> str:
-    asked = os.environ.get("CXX")
-    for name in (asked,) if asked else COMPILERS:
+def _compiler() -> list[str]:
+    """The command, of more words than one where $CXX has them."""
+    asked = os.environ.get("CXX", "")
+    try:
+        commands = [shlex.split(asked)] if asked.strip() else [[name] for name in COMPILERS]
+    except ValueError as error:
+        raise NativeBuildError(f"CXX={asked!r} is no command: {error}") from None
+    for name, *words in commands:
         if found := shutil.which(name):
-            return found
+            return [found, *words]
     raise NativeBuildError(f"it needs a C++ compiler, and there is no {asked or ' or '.join(COMPILERS)} here")
 
 
-def _target(compiler: str) -> tuple[str, str]:
+def _target(compiler: list[str]) -> tuple[str, str]:
     """The flag that means this processor, and the macros that it defines: what the processor can do."""
     for flag in _FOR_THIS_PROCESSOR:
         try:
-            return flag, _run([compiler, flag, "-dM", "-E", "-x", "c++", os.devnull])
+            return flag, _run([*compiler, flag, "-dM", "-E", "-x", "c++", os.devnull])
         except NativeBuildError:
             continue
-    raise NativeBuildError(f"{compiler} knows neither {' nor '.join(_FOR_THIS_PROCESSOR)}")
+    raise NativeBuildError(f"{shlex.join(compiler)} knows neither {' nor '.join(_FOR_THIS_PROCESSOR)}")
 
 
-def _compile(compiler: str, target: str, path: Path) -> None:
+def _compile(compiler: list[str], target: str, path: Path) -> None:
     _log.info("compiling attention for this processor into %s, once", path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             partial = Path(folder) / path.name
             headers = ("-isystem", jax.ffi.include_dir())
-            _run([compiler, *_FLAGS, target, *headers, str(SOURCES / "handlers.cc"), "-o", str(partial)])
+            _run([*compiler, *_FLAGS, target, *headers, str(SOURCES / "handlers.cc"), "-o", str(partial)])
             # Other processes may be building it too; whoever comes last wins, and all are alike.
             partial.replace(path)
     except OSError as error:

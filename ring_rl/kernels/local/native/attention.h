@@ -17,10 +17,6 @@ namespace ring_rl {
 // nothing yet, and nothing is ever inf - inf.
 constexpr float kHidden = std::numeric_limits<float>::lowest(), kLeastMaximum = kHidden / 2;
 
-// Tiles whose products are summed one after the other, in cache, before that sum joins the others of its row: rounding
-// errors grow with the larger of both counts, and not with the number of tokens.
-constexpr int kTilesASum = 64;
-
 // Memory of one thread, kept for its next piece of work.
 inline float* scratch(size_t floats) {
   struct Free {
@@ -125,11 +121,18 @@ struct Forward {
 
     uint32_t key_bits[kTile];
     for (int64_t tile = 0; tile < key_side.tiles(); ++tile) {
-      if (tile % kTilesASum == 0 && !empty) {
-        settle(false);
-        std::fill(sums, sums + tiles * kTile * width, 0.0f);
-        std::fill(denominators, denominators + tiles * kTile * kLanes, 0.0f);
-        empty = true;
+      if (tile % kGrouped == 0) {
+        if (!empty) {
+          settle(false);
+          std::fill(sums, sums + tiles * kTile * width, 0.0f);
+          std::fill(denominators, denominators + tiles * kTile * kLanes, 0.0f);
+          empty = true;
+        }
+        const Span& group = key_side.group(row, tile);
+        if (std::none_of(queries, queries + tiles, [&](const Stretch& q) { return sees_any(r, q, group); })) {
+          tile += kGrouped - 1;
+          continue;
+        }
       }
       const Span& span = key_side.span(row, tile);
       bool packed = false;
@@ -243,6 +246,13 @@ struct Backward {
         alone = false;
       };
       for (int64_t tile = 0; tile < query_side.tiles(); ++tile) {
+        if (tile % kGrouped == 0) {
+          const Span& group = query_side.group(row, tile);
+          if (std::none_of(keys, keys + tiles, [&](const Stretch& k) { return sees_any(r, group, k); })) {
+            tile += kGrouped - 1;
+            continue;
+          }
+        }
         const Span& span = query_side.span(row, tile);
         Sight sees[kPacked];
         bool any = false;
@@ -250,7 +260,7 @@ struct Backward {
         if (!any) continue;
         queries.fill(query_side, row, tile, r.causal_block);
         const int64_t first = tile * kTile, count = queries.count;
-        if (summed >= kTilesASum) {
+        if (summed >= kGrouped) {
           settle();
           std::fill(dk_sum, dk_sum + tiles * kTile * width, 0.0f);
           std::fill(dv_sum, dv_sum + tiles * kTile * width, 0.0f);

@@ -14,6 +14,10 @@ namespace ring_rl {
 constexpr int kTile = 64;
 // Tiles of one side that are packed together, and used again for every tile of the other side.
 constexpr int kPacked = 4;
+// Tiles whose span together is known too: if nobody sees any of them they are passed over at once. And those whose
+// products are summed one after the other, in cache, before that sum joins the others of its row: rounding errors grow
+// with the larger of both counts, and not with the number of tokens.
+constexpr int kGrouped = 64;
 
 constexpr int32_t kLeast = std::numeric_limits<int32_t>::min(), kMost = std::numeric_limits<int32_t>::max();
 
@@ -42,11 +46,19 @@ struct Span {
     }
   }
 
+  void add(const Span& other) {
+    count += other.count;
+    first = std::min(first, other.first), last = std::max(last, other.last);
+    first_block = std::min(first_block, other.first_block), last_block = std::max(last_block, other.last_block);
+    least_segment = std::min(least_segment, other.least_segment);
+    most_segment = std::max(most_segment, other.most_segment);
+  }
+
   // `count` rounded up to whole vectors: as far as rows of scores are computed.
   int lanes() const { return (count + kLanes - 1) / kLanes * kLanes; }
 };
 
-// One side's tokens: what their tiles span is found once a call, so that a tile that nobody sees costs a comparison.
+// One side's tokens: what their tiles, and groups of tiles, span is found once a call.
 class Side {
  public:
   Side() = default;
@@ -56,13 +68,24 @@ class Side {
     // Rows that agree in positions differ by their documents alone.
     rows_a_span_ = segments ? 1 : rows_a_position;
     spans_.reserve(rows / rows_a_span_ * tiles());
-    for (int64_t row = 0; row < rows; row += rows_a_span_)
-      for (int64_t tile = 0; tile < tiles(); ++tile)
+    groups_.reserve(rows / rows_a_span_ * groups());
+    for (int64_t row = 0; row < rows; row += rows_a_span_) {
+      for (int64_t tile = 0; tile < tiles(); ++tile) {
         spans_.emplace_back(positions_of(row, tile), segments_of(row, tile),
                             std::min<int64_t>(kTile, tokens - tile * kTile), causal_block);
+        if (tile % kGrouped)
+          groups_.back().add(spans_.back());
+        else
+          groups_.push_back(spans_.back());
+      }
+    }
   }
 
   int64_t tiles() const { return (tokens_ + kTile - 1) / kTile; }
+  int64_t groups() const { return (tiles() + kGrouped - 1) / kGrouped; }
+  const Span& group(int64_t row, int64_t tile) const {
+    return groups_[row / rows_a_span_ * groups() + tile / kGrouped];
+  }
   const Span& span(int64_t row, int64_t tile) const { return spans_[row / rows_a_span_ * tiles() + tile]; }
   const int32_t* positions_of(int64_t row, int64_t tile) const {
     return positions_ + row / rows_a_position_ * tokens_ + tile * kTile;
@@ -74,7 +97,7 @@ class Side {
  private:
   const int32_t *positions_, *segments_;
   int64_t tokens_, rows_a_position_, rows_a_span_;
-  std::vector<Span> spans_;
+  std::vector<Span> spans_, groups_;
 };
 
 // Everything but the arrays' contents is known when the program is compiled. Rows are those of all batches together;
@@ -189,6 +212,8 @@ inline Sight sight(const Rectangle& r, const Span& q, const Span& k) {
   }
   return !reachable ? Sight::none : open ? Sight::all : Sight::some;
 }
+
+inline bool sees_any(const Rectangle& r, const Span& q, const Span& k) { return sight(r, q, k) != Sight::none; }
 
 // All ones where query t of a tile sees keys s, s + 1, ...
 inline Ints shown(const Rectangle& r, const Stretch& q, const Stretch& k, int t, int s) {
