@@ -317,10 +317,13 @@ def write_results(benchmark: Benchmark, output: Path) -> None:
 def report(benchmark: Benchmark, output: Path, console: Console) -> None:
     """Prints the table, which blocks there are not, and the speedups on the last line."""
     # The sizes of a shape and the figures that follow from its times are left to table.md, which has no width.
-    head, *body = (row[:-2] for row in table_rows(benchmark.config.shapes, benchmark.measurements, benchmark.itemsize))
-    table = Table(*(Column(name, min_width=max(map(len, name.split()))) for name in head), box=None)
+    rows = table_rows(benchmark.config.shapes, benchmark.measurements, benchmark.itemsize)
+    head, *body = [[row[0].split(":")[0], *row[1:-2]] for row in rows]
+    table = Table(Column(head[0], min_width=max(len(row[0]) for row in body)), box=None)
+    for name in head[1:]:
+        table.add_column(name, min_width=max(map(len, name.split())))
     for row in body:
-        table.add_row(row[0].split(":")[0], *row[1:])
+        table.add_row(*row)
     console.print(table)
     for block, refusal in benchmark.refusals.items():
         print(f"without {block}: {refusal}")
