@@ -248,7 +248,7 @@ def table_rows(
     shapes: Mapping[str, ShapeConfig], measurements: Sequence[Measurement], itemsize: int
 ) -> list[list[str]]:
     """The header and a row a case, as text: the cache's bytes a second for few new tokens, FLOPs for many."""
-    head = ["shape", "new tokens", "filled", *(f"{label}, ms" for label in LABELS.values()), "xla / native_cpu"]
+    head = ["shape", "new tokens", "filled", *(f"{label}, ms" for label in LABELS.values()), "xla / native"]
     rows = [[*head, "fastest: GB/s of the cache", "fastest: useful GFLOP/s"]]
     for (name, new_tokens, filled), blocks in by_case(measurements).items():
         ratio = speedup(blocks)
