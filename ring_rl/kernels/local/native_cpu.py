@@ -22,7 +22,8 @@ from ring_rl.kernels.varying import vary_alike
 from ring_rl.typing import Array, Float32
 
 _DTYPES = ("float32", "bfloat16")
-# Keys of one piece of work in backward: kPacked tiles of kTile tokens, in native/rectangle.h.
+# Of native/rectangle.h: kTile, and the keys of one piece of work in backward, kPacked tiles of them.
+_TILE = 64
 _KEYS_A_PIECE = 256
 # Share of the cores' time that backward's pieces of work may leave unused.
 _IDLE = 0.1
@@ -72,10 +73,13 @@ class NativeCpuBlock:
     ) -> tuple[Float32[Array, "B H T D"], Float32[Array, "B H T"]]:
         """See `LocalBlock.forward`."""
         shape = queries.q.shape
+        if shape[2] < _TILE:
+            queries = _grouped(queries, key_value_heads=keys.k.shape[1])
+        grouped = queries.q.shape
         out, log_sum_exp = tie(
-            _call(FORWARD, (shape, shape[:-1]), _operands(queries, keys), **_settings(relation, scoring))
+            _call(FORWARD, (grouped, grouped[:-1]), _operands(queries, keys), **_settings(relation, scoring))
         )
-        return out, log_sum_exp
+        return out.reshape(shape), log_sum_exp.reshape(shape[:-1])
 
     def backward(
         self,
@@ -124,6 +128,24 @@ def _missing() -> str | None:
     except NativeBuildError as error:
         return str(error)
     return None
+
+
+def _grouped(queries: Queries, *, key_value_heads: int) -> Queries:
+    """The queries of the heads that share a key-value head as more tokens of one, so that its keys are read once.
+
+    ALiBi tells heads apart, so with it they stay what they are.
+    """
+    B, H, T, D = queries.q.shape
+    if key_value_heads in (0, H) or H % key_value_heads or queries.slopes is not None:
+        return queries
+    G = H // key_value_heads
+    return Queries(
+        queries.q.reshape(B, key_value_heads, G * T, D),
+        jnp.tile(queries.positions, (1, G)),
+        None if queries.segment_ids is None else jnp.tile(queries.segment_ids, (1, G)),
+        None,
+        None if queries.row_bits is None else queries.row_bits.reshape(B, key_value_heads, G * T),
+    )
 
 
 def _operands(queries: Queries, keys: Keys) -> tuple[Array, ...]:

@@ -74,10 +74,10 @@ struct Forward {
     const int width = r.width(), D = static_cast<int>(r.D);
 
     float* memory = scratch(static_cast<size_t>(kTile) *
-                            (2 * kPacked * width + D + width + kTile + kPacked * (3 + kLanes)));
+                            (2 * kPacked * width + 2 * width + kTile + kPacked * (3 + kLanes)));
     auto take = [&memory](size_t floats) { return std::exchange(memory, memory + floats); };
     float *q = take(kPacked * kTile * width), *sums = take(kPacked * kTile * width);
-    float *kT = take(kTile * D), *v = take(kTile * width), *scores = take(kTile * kTile);
+    float *k = take(kTile * width), *v = take(kTile * width), *scores = take(kTile * kTile);
     // A row's denominator is kept lane by lane and summed at the end.
     float *denominators = take(kPacked * kTile * kLanes), *maxima = take(kPacked * kTile);
     float *all_denominators = take(kPacked * kTile), *all_maxima = take(kPacked * kTile);
@@ -139,17 +139,25 @@ struct Forward {
       for (int i = 0; i < tiles; ++i) {
         const Sight sees = sight(r, queries[i], span);
         if (sees == Sight::none) continue;
+        const bool few = r.T <= kFew;
         if (!packed) {
           keys.fill(key_side, row, tile, r.causal_block);
           const int64_t from = (row * r.key_heads + key_head) * r.S + tile * kTile;
-          pack_columns(r.k, r.half_width, from, keys.count, r.D, kT);
+          if (few)
+            pack_rows(r.k, r.half_width, from, keys.count, r.D, width, 1.0f, k);
+          else
+            pack_columns(r.k, r.half_width, from, keys.count, r.D, k);
           pack_rows(r.v, r.half_width, from, keys.count, r.D, width, 1.0f, v);
           if (r.drop_below) fill_key_bits(keys, key_bits);
           packed = true;
         }
         empty = false;
         const int count = queries[i].count;
-        product(count, keys.lanes(), D, q + i * kTile * width, width, 1, kT, kTile, scores, kTile, false);
+        if (few)
+          for (int t = 0; t < count; ++t)
+            for (int s = 0; s < keys.lanes(); ++s) scores[t * kTile + s] = dot(width, q + t * width, k + s * width);
+        else
+          product(count, keys.lanes(), D, q + i * kTile * width, width, 1, k, kTile, scores, kTile, false);
         finish_scores(r, queries[i], keys, sees, slope, scores, nullptr);
         const uint32_t* row_bits = r.drop_below ? r.row_bits + row_head * r.T + start + i * kTile : nullptr;
         weigh(count, keys.lanes(), scores, maxima + i * kTile, denominators + i * kTile * kLanes,

@@ -82,6 +82,13 @@ inline Floats tanh(Floats x) {
   return size < 0.625f ? near : signed_far;
 }
 
+// The dot product of rows of `width` floats, a multiple of kLanes.
+inline float dot(int width, const float* a, const float* b) {
+  Floats sum{};
+  for (int d = 0; d < width; d += kLanes) sum += load(a + d) * load(b + d);
+  return sum_of(sum);
+}
+
 // C[Rows, kLanes Vectors] = A B, or C + A B with `add`; A[m, k] is a[m a_row + k a_step], so that either order of A is
 // served; B and C are row by row. C comes last: errors of a sum of many products then grow with their number, not with
 // that of all their terms.
