@@ -104,7 +104,7 @@ class Attention(nnx.Module):
         # One number where all rows agree.
         length = context.positions[:, 0] if len(context.positions) > 1 else context.positions[0, 0]
         cache = cache.write(k, self._heads(self.value(x)), length)
-        # In XLA a few tokens read the cache in one product, whose memory is small: tiles cost several times as much.
+        # In XLA a few tokens read the cache in one product, whose memory is small: tiles cost up to twice as much.
         tile_size = cache.k.shape[2] if x.shape[1] <= FEW_TOKENS else DEFAULT_TILE_SIZE
         out = decode_attention(
             q,

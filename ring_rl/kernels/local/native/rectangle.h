@@ -14,8 +14,8 @@ namespace ring_rl {
 constexpr int kTile = 64;
 // Tiles of one side that are packed together, and used again for every tile of the other side.
 constexpr int kPacked = 4;
-// Queries up to which keys are read as they lie, a dot product for each: for more they are transposed first, which costs
-// as much as some dot products.
+// Queries up to which keys are read as they lie, a dot product for each: for more they are transposed first, which
+// costs as much as some dot products.
 constexpr int kFew = 4;
 // Tiles whose span together is known too: if nobody sees any of them they are passed over at once. And those whose
 // products are summed one after the other, in cache, before that sum joins the others of its row: rounding errors grow
