@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from rectangles import PLAIN, RESULTS, Rectangle, check, made_up, run
 from ring_rl.kernels import CAUSAL, FULL, Mask, attention
-from ring_rl.kernels.local.block import DIAGONAL, EVERYTHING, Relation, Scoring
+from ring_rl.kernels.local.block import DIAGONAL, EVERYTHING, Demand, Relation, Scoring
 from ring_rl.kernels.local.native_build import COMPILERS
 from ring_rl.kernels.local.native_cpu import NativeCpuBlock, shares_of_keys
+from ring_rl.kernels.local.select import block_named
 from ring_rl.kernels.local.xla import XlaBlock
 from ring_rl.kernels.tokens import Cotangents, Keys, Queries
 
@@ -369,3 +370,27 @@ def test_float16_is_refused():
     x = jnp.ones((1, 8, 2, 4), jnp.float16)
     with pytest.raises(ValueError, match='computes in float32 or bfloat16, not in float16; local="xla" serves'):
         attention(x, x, x, mask=CAUSAL, local="native_cpu")
+
+
+def test_a_ring_on_one_machine_sends_as_many_heads_as_each_device_has_cores():
+    """A ring's buffers are those of the heads that go round together; a device alone has no ring, and a short shard
+    is all latency.
+    """
+    asked = Demand(
+        dtype="float32",
+        head_dim=64,
+        query_heads=8,
+        key_value_heads=8,
+        length=2048,
+        devices=64,
+        relations=(DIAGONAL,),
+        segments=False,
+        alibi=False,
+        scoring=PLAIN,
+        log_sum_exp_gradient=False,
+    )
+    assert block_named("native_cpu", asked, block_size=None) == NativeCpuBlock(cores=1, heads_at_once=1)
+    for whole in ({"devices": 1}, {"length": 64}):
+        assert block_named("native_cpu", dataclasses.replace(asked, **whole), block_size=None).heads_at_once is None
+    with pytest.raises(ValueError, match="heads_at_once must be at least 1, or None for all; got 0"):
+        NativeCpuBlock(cores=1, heads_at_once=0)

@@ -36,13 +36,18 @@ class NativeCpuBlock:
     Attributes:
         cores: How many cores share one call: those of the machine, less those that other devices of it use. Backward
             cuts the keys of a head into shares where there are fewer heads than cores, at a copy of dq a share.
+        heads_at_once: How many key-value heads of one batch row a strategy should pass at a time; None is all. Tiles
+            stay in cache however many there are.
     """
 
     cores: int
+    heads_at_once: int | None = None
 
     def __post_init__(self) -> None:
         if self.cores < 1:
             raise ValueError(f"cores must be at least 1, got {self.cores}")
+        if self.heads_at_once is not None and self.heads_at_once < 1:
+            raise ValueError(f"heads_at_once must be at least 1, or None for all; got {self.heads_at_once}")
 
     @property
     def looks_at_positions(self) -> bool:
@@ -53,11 +58,6 @@ class NativeCpuBlock:
     def prefers_positions(self) -> bool:
         """Yes: what nobody sees is skipped for the price of a comparison."""
         return True
-
-    @property
-    def heads_at_once(self) -> None:
-        """All: tiles stay in cache however many heads there are, and cores share them out."""
-        return None
 
     def refusal(self, demand: Demand) -> str | None:
         """See `LocalBlock.refusal`."""

@@ -41,7 +41,7 @@ def block_named(name: LocalName, demand: Demand, *, block_size: int | None) -> L
             return _xla_on_cpu(demand, block_size)
         return XlaBlock(block_size=block_size or BLOCK_SIZE)
     if name == "native_cpu":
-        return NativeCpuBlock(cores=max(1, cores_here() // demand.devices))
+        return _native_cpu(demand)
     if name == "cudnn":
         return CudnnBlock(log_sum_exp_gradient=demand.log_sum_exp_gradient)
     if name == "pallas_tpu":
@@ -71,6 +71,13 @@ def select_block(local: LocalName | LocalBlock, demand: Demand, *, block_size: i
         name = local if isinstance(local, str) else type(local).__name__
         raise ValueError(f'local attention block {name!r} cannot serve: {refusal}; local="xla" serves everything')
     return block
+
+
+def _native_cpu(demand: Demand) -> NativeCpuBlock:
+    cores = max(1, cores_here() // demand.devices)
+    # A device alone gains nothing by it; a ring's buffers are those of the heads that go round it together.
+    heads = None if demand.devices == 1 or demand.length <= RING_BLOCK_SIZE_ON_CPU else cores
+    return NativeCpuBlock(cores=cores, heads_at_once=heads)
 
 
 def _xla_on_cpu(demand: Demand, block_size: int | None) -> XlaBlock:

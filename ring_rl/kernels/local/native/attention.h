@@ -84,8 +84,17 @@ struct Forward {
 
     Stretch queries[kPacked], keys;
     const float slope = r.slopes ? r.slopes[row / r.rows_a_slope * r.query_heads + head] : 0;
+    for (int i = 0; i < tiles; ++i) queries[i].fill(query_side, row, pack * kPacked + i, r.causal_block);
+    const auto seen = [&](const Span& keys) {
+      return std::any_of(queries, queries + tiles, [&](const Stretch& q) { return sees_any(r, q, keys); });
+    };
+    if (!key_side.any_tile(row, seen)) {
+      const int64_t first = row_head * r.T + start, count = std::min<int64_t>(kPacked * kTile, r.T - start);
+      std::fill(out + first * r.D, out + (first + count) * r.D, 0.0f);
+      std::fill(log_sum_exp + first, log_sum_exp + first + count, -std::numeric_limits<float>::infinity());
+      return;
+    }
     for (int i = 0; i < tiles; ++i) {
-      queries[i].fill(query_side, row, pack * kPacked + i, r.causal_block);
       const int64_t from = row_head * r.T + start + i * kTile;
       pack_rows(r.q, r.half_width, from, queries[i].count, r.D, width, r.scale, q + i * kTile * width);
     }
@@ -128,8 +137,7 @@ struct Forward {
           std::fill(denominators, denominators + tiles * kTile * kLanes, 0.0f);
           empty = true;
         }
-        const Span& group = key_side.group(row, tile);
-        if (std::none_of(queries, queries + tiles, [&](const Stretch& q) { return sees_any(r, q, group); })) {
+        if (!seen(key_side.group(row, tile))) {
           tile += kGrouped - 1;
           continue;
         }
@@ -232,8 +240,17 @@ struct Backward {
     for (int64_t p = share; p < packs; p += shares) {
       const int64_t start = p * pack, from = (row * r.key_heads + key_head) * r.S + start;
       const int tiles = static_cast<int>(std::min<int64_t>(kPacked, (r.S - start + kTile - 1) / kTile));
+      for (int j = 0; j < tiles; ++j) keys[j].fill(key_side, row, p * kPacked + j, r.causal_block);
+      const auto seen = [&](const Span& queries) {
+        return std::any_of(keys, keys + tiles, [&](const Stretch& k) { return sees_any(r, queries, k); });
+      };
+      if (!query_side.any_tile(row, seen)) {
+        const int64_t stop = from + std::min<int64_t>(pack, r.S - start);
+        std::fill(dk + from * r.D, dk + stop * r.D, 0.0f);
+        std::fill(dv + from * r.D, dv + stop * r.D, 0.0f);
+        continue;
+      }
       for (int j = 0; j < tiles; ++j) {
-        keys[j].fill(key_side, row, p * kPacked + j, r.causal_block);
         const int64_t first = j * kTile, count = keys[j].count;
         pack_columns(r.k, r.half_width, from + first, count, r.D, kT + j * kTile * D);
         pack_columns(r.v, r.half_width, from + first, count, r.D, vT + j * kTile * D);
@@ -255,8 +272,7 @@ struct Backward {
       };
       for (int64_t tile = 0; tile < query_side.tiles(); ++tile) {
         if (tile % kGrouped == 0) {
-          const Span& group = query_side.group(row, tile);
-          if (std::none_of(keys, keys + tiles, [&](const Stretch& k) { return sees_any(r, group, k); })) {
+          if (!seen(query_side.group(row, tile))) {
             tile += kGrouped - 1;
             continue;
           }

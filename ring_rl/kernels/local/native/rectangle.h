@@ -90,6 +90,17 @@ class Side {
     return groups_[row / rows_a_span_ * groups() + tile / kGrouped];
   }
   const Span& span(int64_t row, int64_t tile) const { return spans_[row / rows_a_span_ * tiles() + tile]; }
+  // Whether `is` holds for the span of any tile; what holds for a tile's holds for its group's.
+  template <typename Is>
+  bool any_tile(int64_t row, const Is& is) const {
+    for (int64_t tile = 0; tile < tiles(); ++tile) {
+      if (tile % kGrouped == 0 && !is(group(row, tile)))
+        tile += kGrouped - 1;
+      else if (is(span(row, tile)))
+        return true;
+    }
+    return false;
+  }
   const int32_t* positions_of(int64_t row, int64_t tile) const {
     return positions_ + row / rows_a_position_ * tokens_ + tile * kTile;
   }
