@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = ("README.md", "RESULTS.md", "ring_rl/agent/README.md", "ring_rl/training/README.md")
+PAGES = (
+    *("README.md", "RESULTS.md"),
+    *("ring_rl/kernels/README.md", "ring_rl/agent/README.md", "ring_rl/training/README.md"),
+)
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 

@@ -215,6 +215,22 @@ def test_the_exact_rows_are_the_specifications(seed, length, new, heads, data):
     np.testing.assert_allclose(found, np.asarray(expected)[:, tokens], atol=1e-5)
 
 
+def test_the_committed_table_follows_from_its_measurements(bench):
+    module, _ = bench
+    folder = REPOSITORY / "experiments" / "results" / "decoding" / "cpu"
+    results = json.loads((folder / "results.json").read_text())
+    config = module.from_mapping(module.DecodingBenchmarkConfig, results["config"])
+    measurements = [module.Measurement(**fields) for fields in results["measurements"]]
+    itemsize = jnp.dtype(results["dtype"]).itemsize
+    table = module.markdown_table(module.table_rows(config.shapes, measurements, itemsize))
+    assert table == (folder / "table.md").read_text()
+    assert module.speedups(measurements) == {name: results[name] for name in module.speedups(measurements)}
+    assert {len(each.seconds) for each in measurements} == {results["rounds"]}
+    assert results["rounds"] >= 3
+    assert all(each.error <= config.tolerance[results["dtype"]] for each in measurements)
+    assert results["commit"]
+
+
 @needs_compiler
 @pytest.mark.parametrize(("interrupt_at", "rounds"), [(12, 1), (25, 2)])
 def test_ctrl_c_keeps_complete_rounds(clock, tmp_path, capsys, interrupt_at, rounds):
