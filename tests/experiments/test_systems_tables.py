@@ -41,10 +41,10 @@ def test_all_that_is_printed_is_reproduced_but_the_infiniband_row(script, call_s
     # A ring's neighbour is one link away: of an MI300X's seven, and none of a switch's.
     assert float(rows["MI300X"]["one_link"]) == pytest.approx(7 * float(rows["MI300X"]["block"]))
     assert float(rows["H100 NVLink"]["one_link"]) == pytest.approx(float(rows["H100 NVLink"]["block"]))
-    # 1.2 for the float32 sums of backward, 2 for the causal half, a quarter for 4 queries a key.
+    # 1.6 for the float32 sums on their way home, 2 for the causal half, a quarter for 4 queries a key.
     for row in rows.values():
-        assert float(row["training"]) == pytest.approx(2.4 * float(row["one_link"]))
-        assert float(row["grouped"]) == pytest.approx(0.6 * float(row["one_link"]))
+        assert float(row["training"]) == pytest.approx(3.2 * float(row["one_link"]))
+        assert float(row["grouped"]) == pytest.approx(0.8 * float(row["one_link"]))
     assert "| H100 NVLink | 989 | 450 | 1 | 2.2 |  | 13.2 |  |" in (output / "overlap.md").read_text()
     assert (
         "| 7B | 4096 | 1.1 | 1.4 | 2.0 | 3.1 | 5.4 | 10.0 | 37.4 | 439.7 | 4682.0 |"
