@@ -4,8 +4,6 @@ import csv
 import importlib
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ring_rl.kernels.local.native_build import COMPILERS
+from cpp_compiler import HAS_COMPILER, NO_COMPILER
 from ring_rl.kernels.local.native_cpu import NativeCpuBlock
 from ring_rl.kernels.mask import CAUSAL
 from ring_rl.kernels.reference import reference_attention
@@ -32,8 +30,7 @@ TINY = [
     "at_least_seconds=0",
     "rounds=2",
 ]
-COMPILER = any(map(shutil.which, (os.environ.get("CXX") or "", *COMPILERS)))
-needs_compiler = pytest.mark.skipif(not COMPILER, reason="the C++ block is compared, and there is no C++ compiler here")
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
 
 
 @pytest.fixture
@@ -96,7 +93,7 @@ def test_a_small_benchmark_measures_checks_and_reports(bench, capsys, tmp_path, 
     _, run = bench
     results = run()
     last = figures_of(capsys.readouterr().out)
-    native = ["native_cpu"] if COMPILER else []
+    native = ["native_cpu"] if HAS_COMPILER else []
     assert results["rounds"] == 2
     blocks = [(each["new_tokens"], each["filled"], each["block"]) for each in results["measurements"]]
     assert blocks == [
@@ -115,7 +112,7 @@ def test_a_small_benchmark_measures_checks_and_reports(bench, capsys, tmp_path, 
     ]
     for name, shown in last.items():
         assert math.isnan(shown) if results[name] is None else shown == pytest.approx(results[name], abs=0.005)
-        assert (results[name] is None) == (not COMPILER)
+        assert (results[name] is None) == (not HAS_COMPILER)
     assert {"commit", "device", "cores", "versions", "config"} <= set(results)
     assert len(cells(tmp_path / "cpu" / "table.md")) == 4
     assert (tmp_path / "cpu" / "speed.png").read_bytes().startswith(b"\x89PNG")

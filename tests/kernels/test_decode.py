@@ -1,5 +1,3 @@
-import os
-import shutil
 from functools import partial
 
 import jax
@@ -11,9 +9,9 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from cpp_compiler import HAS_COMPILER, NO_COMPILER
 from ring_rl.kernels.cache_slots import check_capacity, slot_positions
 from ring_rl.kernels.decode import decode_attention, write_cache, write_segment_ids
-from ring_rl.kernels.local.native_build import COMPILERS
 from ring_rl.kernels.mask import CAUSAL, FULL, Mask
 from ring_rl.kernels.reference import reference_attention
 
@@ -21,8 +19,7 @@ HEAD_DIM = 4
 BATCH = 2
 TOKENS = 40  # the longest sequence: shapes are few, so that few programs are compiled, and lengths are data
 # C++ is tested where it can be compiled.
-COMPILER = any(map(shutil.which, (os.environ.get("CXX") or "", *COMPILERS)))
-LOCAL = ("xla", "native_cpu") if COMPILER else ("xla",)
+LOCAL = ("xla", "native_cpu") if HAS_COMPILER else ("xla",)
 TOKEN_SPEC, CACHE_SPEC = P(), P(None, None, "sp")
 
 
@@ -348,7 +345,7 @@ def test_tiles_that_nobody_sees_are_not_read(mask, first_read):
     np.testing.assert_allclose(out, rows_at(expected, length, new), atol=1e-5)
 
 
-@pytest.mark.skipif(not COMPILER, reason="the block is compiled where it runs, and there is no C++ compiler here")
+@pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
 def test_a_cpus_block_reads_no_tile_that_nobody_sees():
     """Tiles of 64 slots: of the four here the first two are behind the window, and the last is not yet filled."""
     slots, length, new, mask = 256, 180, 4, Mask(causal=True, window=20)

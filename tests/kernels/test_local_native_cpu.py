@@ -5,8 +5,6 @@ Most tests give the block one rectangle: values and gradients under the contract
 
 import dataclasses
 import functools
-import os
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +15,16 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh as DeviceMesh
 from jax.sharding import PartitionSpec as P
 
+from cpp_compiler import HAS_COMPILER, NO_COMPILER
 from rectangles import PLAIN, RESULTS, Rectangle, check, made_up, run
 from ring_rl.kernels import CAUSAL, FULL, Mask, attention
 from ring_rl.kernels.local.block import DIAGONAL, EVERYTHING, Demand, Relation, Scoring
-from ring_rl.kernels.local.native_build import COMPILERS
 from ring_rl.kernels.local.native_cpu import NativeCpuBlock, shares_of_keys
 from ring_rl.kernels.local.select import block_named
 from ring_rl.kernels.local.xla import XlaBlock
 from ring_rl.kernels.tokens import Cotangents, Keys, Queries
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, (os.environ.get("CXX") or "", *COMPILERS))),
-    reason=f"the block is compiled where it runs, and there is no {' or '.join(COMPILERS)} here",
-)
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason=NO_COMPILER)
 
 BLOCK = NativeCpuBlock(cores=2)
 TILE = 64

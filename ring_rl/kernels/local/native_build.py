@@ -56,7 +56,7 @@ def build() -> Path:
     Raises:
         NativeBuildError: As above.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     target, macros = _target(compiler)
     parts = [*_FLAGS, target, macros, metadata.version("jaxlib"), _run([*compiler, "--version"])]
     parts += [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cc", ".h")]
@@ -76,8 +76,12 @@ def cache_folder() -> Path:
         raise NativeBuildError(f"there is no folder for compiled code ({error}); set XDG_CACHE_HOME") from None
 
 
-def _compiler() -> list[str]:
-    """The command, of more words than one where $CXX has them."""
+def find_compiler() -> list[str]:
+    """The command: $CXX, which may be of several words, or else the first of COMPILERS that is there.
+
+    Raises:
+        NativeBuildError: There is none.
+    """
     asked = os.environ.get("CXX", "")
     try:
         commands = [shlex.split(asked)] if asked.strip() else [[name] for name in COMPILERS]

@@ -271,11 +271,9 @@ struct Backward {
         alone = false;
       };
       for (int64_t tile = 0; tile < query_side.tiles(); ++tile) {
-        if (tile % kGrouped == 0) {
-          if (!seen(query_side.group(row, tile))) {
-            tile += kGrouped - 1;
-            continue;
-          }
+        if (tile % kGrouped == 0 && !seen(query_side.group(row, tile))) {
+          tile += kGrouped - 1;
+          continue;
         }
         const Span& span = query_side.span(row, tile);
         Sight sees[kPacked];
